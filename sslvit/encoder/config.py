@@ -1,0 +1,47 @@
+"""Settings of the encoder (timm's VisionTransformer) and the preprocessing it expects. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass
+class EncoderConfig:
+    """Which ViT to build. `None` is auto: resolved from the data and printed with the reason.
+
+    With a class token (the default) the encoder is exactly HF `dinov2_with_registers`; with
+    `class_token=false num_registers=0` it uses tanh GELU and has an exact SigLIP twin.
+    """
+
+    name: str | None = None  # timm name, e.g. vit_small_patch16_224
+    patch_size: int | None = None
+    image_size: int | None = None  # pixels; side of a global crop and of the position grid
+    class_token: bool = True
+    num_registers: int | None = None  # auto: 4 with a class token, 0 without
+    in_chans: int | None = None
+    embed_dim: int | None = None  # embed_dim, depth, num_heads: auto = what the timm name says
+    depth: int | None = None
+    num_heads: int | None = None
+    init_values: float = 1e-5  # LayerScale at the start (DINOv2)
+    drop_path_rate: float = 0.0
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What an encoder wants to see: resize the shorter side by 1/crop_pct, centre crop, normalise.
+
+    mean and std are per channel on the 0..1 scale; image_size is in pixels.
+    """
+
+    image_size: int
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    interpolation: str = "bicubic"
+    crop_pct: float = 1.0
+
+    @property
+    def channels(self) -> int:
+        return len(self.mean)
