@@ -44,4 +44,5 @@ class Preprocessing:
 
     @property
     def channels(self) -> int:
+        """How many channels an image has."""
         return len(self.mean)
