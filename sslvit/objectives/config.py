@@ -20,6 +20,7 @@ class DinoConfig:
     centering: str = "softmax"  # softmax (DINO) | sinkhorn (SwAV, DINOv2)
     center_momentum: float = 0.9
     freeze_last_layer: float = 0.01  # share of the run during which the prototypes stand still
+    num_teacher_views: int = 2  # how many of the global views the teacher sees
     student_visible_ratio: float = 1.0  # below 1: the student sees only this share of each global view's patches (MSN)
 
 

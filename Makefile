@@ -1,0 +1,62 @@
+# One vocabulary for people, hooks and CI. `make help` lists it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CONSTRAINTS ?= requirements/tested.txt
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -q $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+INPUTS := setup.cfg pyproject.toml $(CONSTRAINTS)
+BENCH ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint types test-all test-slurm bench chaos docs clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, this is {sys.version}; make PYTHON=python3.12 ..."'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-demo: $(BIN)/python $(INPUTS)
+	$(PIP) -e '.[vlm,report]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(BIN)/python $(INPUTS)
+	$(PIP) -e '.[vlm,report,onnx,openclip,dev]'
+	@touch $@ $(VENV)/.installed-demo
+
+$(VENV)/.installed-bench: $(VENV)/.installed-dev
+	$(PIP) -e '.[vlm,report,onnx,openclip,dev,bench]'
+	@touch $@
+
+setup: $(VENV)/.installed-dev  ## everything for working on sslvit, in .venv
+
+demo: $(VENV)/.installed-demo  ## the whole story on built-in scenes, into runs/demo
+	$(BIN)/sslvit demo --output-dir runs/demo
+
+test: $(VENV)/.installed-dev  ## the tests
+	$(BIN)/python -m pytest -m 'not slow and not gpu and not slurm'
+
+test-all: $(VENV)/.installed-dev  ## the tests with the long ones
+	$(BIN)/python -m pytest -m 'not slurm' --timeout 3600
+
+test-slurm: $(VENV)/.installed-dev  ## a two-node Slurm on this machine, interrupted
+	$(BIN)/python -m pytest -m slurm --timeout 1800
+
+lint: $(VENV)/.installed-dev  ## ruff
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev  ## mypy
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-bench  ## the benchmarks, or one: make bench BENCH=linear_probe
+	$(BIN)/python -m benchmarks $(BENCH)
+
+chaos: $(VENV)/.installed-dev  ## the faults, as a table
+	$(BIN)/python benchmarks/chaos.py
+
+docs: $(VENV)/.installed-dev  ## check the pages: every link and every command in them
+	$(BIN)/python -m pytest tests/test_docs.py
+
+clean:  ## remove what was built, not what was trained
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

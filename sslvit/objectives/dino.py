@@ -1,0 +1,223 @@
+"""Self-distillation of the class token: the student's view predicts the teacher's other view.
+
+DINO, arXiv:2104.14294, algorithm 1 and section 3.1. With `student_visible_ratio` below 1 the student sees only a random
+subset of each global view's patches, as in masked siamese networks (arXiv:2204.07141); with MAE at the same ratio both
+read one student pass. Sinkhorn-Knopp centering as in SwAV (arXiv:2006.09882) and DINOv2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sslvit import distributed
+from sslvit.encoder.vit import Tokens
+from sslvit.objectives.config import DinoConfig
+from sslvit.objectives.passes import FULL, Draw, Masking, Pass, num_visible
+
+
+class DinoHead(nn.Module):
+    """Three-layer MLP, L2 normalisation, unit-norm prototypes: (..., D) -> (..., K) cosines (DINO, appendix C)."""
+
+    def __init__(self, in_dim: int, num_prototypes: int, hidden_dim: int, bottleneck_dim: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(in_dim, hidden_dim),
+            nn.GELU(),
+            nn.Linear(hidden_dim, hidden_dim),
+            nn.GELU(),
+            nn.Linear(hidden_dim, bottleneck_dim),
+        )
+        self.prototypes = nn.Parameter(torch.empty(num_prototypes, bottleneck_dim))
+        for module in self.mlp:
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.prototypes, std=0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Cosine similarity of each token to each prototype."""
+        features = F.normalize(self.mlp(tokens), dim=-1, eps=1e-6)
+        return F.linear(features, F.normalize(self.prototypes, dim=-1))
+
+
+def warmed_up(step: int, steps: int, start: float, end: float, share: float) -> float:
+    """Linear from `start` to `end` over the first `share` of the run, then constant (DINO's teacher temperature)."""
+    warmup = max(1, round(share * steps))
+    return start + (end - start) * min(1.0, step / warmup)
+
+
+def sinkhorn(logits: Tensor, temperature: float, num_iterations: int = 3) -> Tensor:
+    """Teacher targets whose prototypes are used equally over all ranks: (B, K) cosines -> (B, K), rows sum to 1.
+
+    SwAV's algorithm 1 in fp32: alternate the normalisation of columns to 1/K and of rows to 1/B.
+    """
+    scores = torch.exp((logits.float() - _global_max(logits.float())) / temperature)
+    num_samples = distributed.all_reduce_sum_(torch.tensor(float(logits.shape[0]), device=logits.device))
+    for _ in range(num_iterations):
+        columns = distributed.all_reduce_sum_(scores.sum(0))
+        scores = scores / columns.clamp_min(1e-30) / logits.shape[1]
+        scores = scores / scores.sum(1, keepdim=True).clamp_min(1e-30) / num_samples
+    return scores * num_samples
+
+
+def _global_max(values: Tensor) -> Tensor:
+    return distributed.all_gather_cat(values.max().reshape(1)).max()
+
+
+def cross_entropy(targets: Tensor, logits: Tensor, temperature: float) -> Tensor:
+    """Mean over samples of -sum_k targets log softmax(logits / temperature): (..., K) each -> scalar, in fp32."""
+    scaled = logits.float() / temperature
+    return (scaled.logsumexp(-1) - (targets * scaled).sum(-1)).mean()
+
+
+class Centering(nn.Module):
+    """Teacher targets from teacher logits: softmax around a moving centre, or Sinkhorn-Knopp.
+
+    The centre moves once per optimizer step, by the mean over all ranks and micro-batches of that step.
+    """
+
+    center: Tensor
+
+    def __init__(self, num_prototypes: int, method: str, momentum: float) -> None:
+        super().__init__()
+        assert method in ("softmax", "sinkhorn")
+        self.method = method
+        self.momentum = momentum
+        self.register_buffer("center", torch.zeros(num_prototypes))
+        self._sum: Tensor | None = None
+        self._count = 0
+
+    @torch.no_grad()
+    def targets(self, logits: Tensor, temperature: float) -> Tensor:
+        """(B, K) cosines -> (B, K) probabilities, fp32."""
+        logits = logits.float()
+        if self.method == "sinkhorn":
+            return sinkhorn(logits, temperature)
+        batch_sum = logits.sum(0)
+        self._sum = batch_sum if self._sum is None else self._sum + batch_sum
+        self._count += logits.shape[0]
+        return torch.softmax((logits - self.center) / temperature, dim=-1)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """DINO, equation 4: c <- m c + (1 - m) mean of the batch."""
+        if self._sum is None:
+            return
+        total = distributed.all_reduce_sum_(torch.cat([self._sum, self._sum.new_tensor([float(self._count)])]))
+        self.center.lerp_(total[:-1] / total[-1], 1 - self.momentum)
+        self.discard()
+
+    def discard(self) -> None:
+        """Forget the sums of a step that was not applied."""
+        self._sum, self._count = None, 0
+
+
+class Dino(nn.Module):
+    """The DINO objective: heads of both networks, the centre and the loss."""
+
+    def __init__(
+        self,
+        config: DinoConfig,
+        embed_dim: int,
+        steps: int,
+        num_global: int,
+        num_local: int,
+        global_masking: Callable[[Draw, int, int], Masking] | None = None,
+    ) -> None:
+        """`global_masking(draw, view, num_patches)` overrides what the student sees of a global view (iBOT's masks)."""
+        super().__init__()
+        assert config.num_prototypes and config.teacher_temperature and config.teacher_temperature_start
+        self.config = config
+        self.steps = steps
+        self.num_global = num_global
+        self.num_local = num_local
+        self.global_masking = global_masking
+        sizes = (embed_dim, config.num_prototypes, config.head_hidden_dim, config.head_bottleneck_dim)
+        self.student_head = DinoHead(*sizes)
+        self.teacher_head = DinoHead(*sizes)
+        self.teacher_head.load_state_dict(self.student_head.state_dict())
+        self.teacher_head.requires_grad_(False)
+        self.centering = Centering(config.num_prototypes, config.centering, config.center_momentum)
+
+    @property
+    def teacher_views(self) -> range:
+        """The global views the teacher sees."""
+        return range(min(self.config.num_teacher_views, self.num_global))
+
+    @property
+    def student_views(self) -> list[int]:
+        """The global views with at least one other view in front of the teacher."""
+        return [view for view in range(self.num_global) if any(other != view for other in self.teacher_views)]
+
+    def _student_masking(self, draw: Draw, view: int, num_patches: int) -> Masking:
+        if self.global_masking is not None:
+            return self.global_masking(draw, view, num_patches)
+        if self.config.student_visible_ratio < 1:
+            return draw.visible(view, num_patches, num_visible(num_patches, 1 - self.config.student_visible_ratio))
+        return FULL
+
+    def passes(self, draw: Draw, num_patches: int) -> list[Pass]:
+        """Teacher on full global views; student on (masked) global views and on local views."""
+        teacher = [Pass("teacher", "global", view) for view in self.teacher_views]
+        student = [
+            Pass("student", "global", view, self._student_masking(draw, view, num_patches))
+            for view in self.student_views
+        ]
+        local = [Pass("student", "local", view) for view in range(self.num_local)]
+        return teacher + student + local
+
+    def temperature(self, step: int) -> float:
+        """The teacher's temperature at a step."""
+        config = self.config
+        assert config.teacher_temperature and config.teacher_temperature_start
+        return warmed_up(
+            step,
+            self.steps,
+            config.teacher_temperature_start,
+            config.teacher_temperature,
+            config.teacher_temperature_warmup,
+        )
+
+    def loss(self, tokens: dict[Pass, Tokens], images: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean cross-entropy over all (teacher view, other student view) pairs (DINO, equation 3)."""
+        with torch.no_grad():
+            teacher = [self.teacher_head(t.cls) for p, t in tokens.items() if p.network == "teacher"]
+            stacked = torch.cat(teacher)
+            targets = self.centering.targets(stacked, self.temperature(step)).chunk(len(teacher))
+        student = [p for p in tokens if p.network == "student"]
+        logits = self.student_head(torch.cat([tokens[p].cls for p in student])).chunk(len(student))
+        losses = [
+            cross_entropy(target, logit, self.config.student_temperature)
+            for view, target in zip(self.teacher_views, targets, strict=True)
+            for p, logit in zip(student, logits, strict=True)
+            if not (p.crop == "global" and p.index == view)
+        ]
+        return torch.stack(losses).mean(), self._health(torch.cat(targets))
+
+    @torch.no_grad()
+    def _health(self, targets: Tensor) -> dict[str, Tensor]:
+        """Entropies as shares of ln K: of one target (1 = says nothing) and of the mean target (0 = one prototype)."""
+        log_k = math.log(targets.shape[-1])
+        mean = targets.mean(0)
+        return {
+            "dino/target_entropy": torch.special.entr(targets).sum(-1).mean() / log_k,
+            "dino/usage_entropy": torch.special.entr(mean).sum() / log_k,
+        }
+
+    def before_update(self, step: int) -> None:
+        """The prototypes stand still at the start (DINO, section 3.2: freeze_last_layer)."""
+        if step < self.config.freeze_last_layer * self.steps:
+            self.student_head.prototypes.grad = None
+
+    def after_step(self, step: int) -> None:
+        """Move the centre. The teacher's head follows in `Pretraining`."""
+        self.centering.after_step()
+
+    def discard(self) -> None:
+        """Drop what a skipped step left behind."""
+        self.centering.discard()

@@ -1,0 +1,176 @@
+"""The module that is trained: student, teacher and the objectives that are switched on.
+
+`forward` colours the views, gathers the passes the objectives ask for, runs each distinct one once, packed per encoder,
+and sums weight x loss (design: objectives are sections, and share passes).
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from sslvit.config import PretrainConfig
+from sslvit.data.loader import Views
+from sslvit.data.photometry import apply
+from sslvit.encoder.config import Preprocessing
+from sslvit.encoder.vit import TokenInput, Tokens, create_encoder, forward_packed
+from sslvit.objectives.dino import Dino
+from sslvit.objectives.ibot import Ibot
+from sslvit.objectives.koleo import Koleo
+from sslvit.objectives.mae import Mae
+from sslvit.objectives.passes import Draw, Pass, split
+from sslvit.optim import ema_
+from sslvit.schedules import cosine
+
+
+class Pretraining(nn.Module):
+    """Student, teacher (an exponential moving average, if an objective needs one) and objectives."""
+
+    def __init__(self, config: PretrainConfig, preprocessing: Preprocessing, encoder: VisionTransformer | None = None) -> None:
+        """`config` is resolved; `encoder` is a student to start from, else a new one is made."""
+        super().__init__()
+        assert config.steps and config.encoder.image_size and config.encoder.patch_size
+        self.config = config
+        self.preprocessing = preprocessing
+        self.student = encoder if encoder is not None else create_encoder(config.encoder)
+        self.objectives = nn.ModuleDict(self._build_objectives(config, preprocessing.channels))
+        self.teacher: VisionTransformer | None = None
+        if "dino" in self.objectives or "ibot" in self.objectives:
+            self.teacher = _frozen_copy(self.student)
+        self.register_buffer("mean", torch.tensor(preprocessing.mean), persistent=False)
+        self.register_buffer("std", torch.tensor(preprocessing.std), persistent=False)
+        if "ibot" in self.objectives:
+            self.mask_token = nn.Parameter(torch.zeros(1, 1, self.student.embed_dim))
+
+    def _build_objectives(self, config: PretrainConfig, channels: int) -> dict[str, nn.Module]:
+        assert config.steps and config.encoder.image_size and config.encoder.patch_size
+        side = config.encoder.image_size // config.encoder.patch_size
+        width, num_global, num_local = self.student.embed_dim, config.crops.num_global, config.crops.num_local or 0
+        built: dict[str, nn.Module] = {}
+        if config.ibot is not None:
+            built["ibot"] = Ibot(config.ibot, width, (side, side), config.steps, num_global)
+        if config.dino is not None:
+            masking = built["ibot"].masking if isinstance(built.get("ibot"), Ibot) else None
+            built["dino"] = Dino(config.dino, width, config.steps, num_global, num_local, masking)
+        if config.koleo is not None:
+            built["koleo"] = Koleo(config.koleo)
+        if config.mae is not None:
+            size = config.encoder.patch_size
+            built["mae"] = Mae(config.mae, width, size, (side, side), channels, num_global)
+        return built
+
+    @property
+    def judged(self) -> VisionTransformer:
+        """The encoder that is evaluated and exported: the teacher if there is one."""
+        return self.student if self.teacher is None else self.teacher
+
+    def train(self, mode: bool = True) -> Pretraining:
+        """The teacher never leaves evaluation mode."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    def forward(self, views: Views, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """One batch of views to the weighted sum of losses, and every part of it for the log."""
+        crops = self._colour(views)
+        num_patches = self.student.patch_embed.num_patches
+        draw = Draw(self.config.seed, step, views.sample_ids)
+        wanted: dict[str, list[Pass]] = {}
+        for name, objective in self.objectives.items():
+            if name != "koleo":
+                wanted[name] = objective.passes(draw, num_patches)
+        if "koleo" in self.objectives:
+            wanted["koleo"] = [
+                p for p in dict.fromkeys(sum(wanted.values(), [])) if p.network == "student" and p.crop == "global"
+            ]
+        distinct = list(dict.fromkeys(p for passes in wanted.values() for p in passes))
+        tokens = self._run(distinct, crops)
+        total = torch.zeros((), device=draw.sample_ids.device)
+        logs: dict[str, Tensor] = {}
+        for name, passes in wanted.items():
+            objective = self.objectives[name]
+            loss, extra = objective.loss({p: tokens[p] for p in passes}, crops["global"], step)
+            total = total + objective.config.weight * loss
+            logs |= {f"{name}/loss": loss.detach(), **extra}
+        return total, logs
+
+    def _colour(self, views: Views) -> dict[str, Tensor]:
+        """uint8 crops to normalised float crops: {"global": (G, B, C, H, W), "local": (L, B, C, h, w)}."""
+        return {
+            "global": self._colour_crops(views.global_crops, views.global_photometry),
+            "local": self._colour_crops(views.local_crops, views.local_photometry),
+        }
+
+    def _colour_crops(self, crops: Tensor, rows: Tensor) -> Tensor:
+        if crops.shape[0] == 0:
+            return crops
+        coloured = apply(crops.flatten(0, 1), rows.flatten(0, 1), self.mean, self.std)
+        return coloured.unflatten(0, crops.shape[:2])
+
+    def _run(self, passes: list[Pass], crops: dict[str, Tensor]) -> dict[Pass, Tokens]:
+        """Each pass once; passes of one encoder in one packed stream, equal shapes joined along the batch."""
+        tokens: dict[Pass, Tokens] = {}
+        for network in ("teacher", "student"):
+            groups: dict[tuple[str, str], list[Pass]] = {}
+            for p in passes:
+                if p.network == network:
+                    groups.setdefault((p.crop, p.masking.name), []).append(p)
+            if not groups:
+                continue
+            inputs = [self._input(group, crops[group[0].crop]) for group in groups.values()]
+            if network == "teacher":
+                assert self.teacher is not None
+                with torch.no_grad():
+                    outputs = forward_packed(self.teacher, inputs)
+            else:
+                outputs = forward_packed(self.student, inputs)
+            for group, output in zip(groups.values(), outputs, strict=True):
+                tokens |= dict(zip(group, split(output, len(group)), strict=True))
+        return tokens
+
+    def _input(self, group: list[Pass], crops: Tensor) -> TokenInput:
+        images = torch.cat([crops[p.index] for p in group])
+        masking = group[0].masking
+        keep = None if masking.keep is None else torch.cat([p.masking.keep for p in group if p.masking.keep is not None])
+        mask = None if masking.mask is None else torch.cat([p.masking.mask for p in group if p.masking.mask is not None])
+        return TokenInput(images, mask=mask, mask_token=self.mask_token if mask is not None else None, keep=keep)
+
+    def before_update(self, step: int) -> None:
+        """After backward, before clipping."""
+        for objective in self.objectives.values():
+            objective.before_update(step)
+
+    def after_step(self, step: int) -> None:
+        """Centres move, then the teacher follows the student: t <- m t + (1 - m) s (DINO, section 3.1)."""
+        for objective in self.objectives.values():
+            objective.after_step(step)
+        if self.teacher is None:
+            return
+        momentum = self.momentum(step)
+        ema_(self.teacher.parameters(), self.student.parameters(), momentum)
+        for name in ("dino", "ibot"):
+            if name in self.objectives:
+                objective = self.objectives[name]
+                ema_(objective.teacher_head.parameters(), objective.student_head.parameters(), momentum)
+
+    def momentum(self, step: int) -> float:
+        """The teacher's momentum at a step: cosine to `momentum_end`."""
+        optim, steps = self.config.optim, self.config.steps
+        assert optim.momentum is not None and steps is not None
+        return cosine(step, steps, optim.momentum, optim.momentum_end)
+
+    def discard(self) -> None:
+        """Drop what a skipped step left behind."""
+        for objective in self.objectives.values():
+            objective.discard()
+
+
+def _frozen_copy(encoder: VisionTransformer) -> VisionTransformer:
+    """A teacher: same weights, no gradient, no drop path."""
+    teacher = copy.deepcopy(encoder)
+    teacher.requires_grad_(False)
+    return teacher.eval()

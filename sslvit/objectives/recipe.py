@@ -1,0 +1,162 @@
+"""The `auto` recipe: every `None` of a pretraining config resolved from the data, with the reason. Imports no torch.
+
+Published rules where there are any; each rule names its source. Nothing given by the user is changed.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from sslvit.config import PretrainConfig
+from sslvit.errors import InputError
+
+# lightly-train's published table for DINO: prototypes by number of images.
+_PROTOTYPES = ((20_000, 1024), (50_000, 2048), (100_000, 4096), (200_000, 16384), (500_000, 32768))
+_WIDTH = {"tiny": 192, "small": 384, "base": 768, "large": 1024, "giant": 1536}
+_DECODER = ((256, 128, 2, 4), (512, 256, 4, 8), (math.inf, 512, 8, 16))  # up to this width: dim, depth, heads
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What was seen of the data before the run: images, median shorter side in pixels, channels, and the device."""
+
+    num_images: int
+    side: int
+    channels: int
+    device: str  # "cpu" | "cuda"
+
+
+class _Resolver:
+    """Fills `None` fields and remembers why."""
+
+    def __init__(self, config: PretrainConfig) -> None:
+        self.config = config
+        self.reasons: dict[str, str] = {}
+
+    def fill(self, key: str, value: Any, reason: str) -> None:
+        """Set a dotted key unless the user did."""
+        *sections, name = key.split(".")
+        node: Any = self.config
+        for section in sections:
+            node = getattr(node, section)
+        if getattr(node, name) is None:
+            setattr(node, name, value)
+            self.reasons[key] = f"{value}: {reason}"
+
+
+def resolve(config: PretrainConfig, facts: DataFacts) -> tuple[PretrainConfig, dict[str, str]]:
+    """The config with no `None` left where a number is needed, and for each filled key its value and reason."""
+    config = copy.deepcopy(config)
+    if not any((config.dino, config.ibot, config.mae)):
+        raise InputError("no objective is switched on; give at least one of dino={}, ibot={}, mae={}")
+    resolver = _Resolver(config)
+    _resolve_encoder(resolver, facts)
+    _resolve_length(resolver, facts)
+    _resolve_crops(resolver)
+    _resolve_optim(resolver)
+    _resolve_objectives(resolver, facts)
+    _check(config)
+    return config, resolver.reasons
+
+
+def _resolve_encoder(resolver: _Resolver, facts: DataFacts) -> None:
+    encoder = resolver.config.encoder
+    small = facts.device == "cpu" or facts.num_images < 20_000
+    name = "vit_tiny_patch16_224" if small else "vit_small_patch16_224"
+    resolver.fill("encoder.name", name, "no GPU or under 20,000 images" if small else "a GPU and 20,000 images or more")
+    wanted = 224 if facts.device == "cuda" else 64
+    side = min(wanted, max(32, facts.side // 16 * 16))
+    resolver.fill("encoder.image_size", side, f"images are about {facts.side} px; at most {wanted} on {facts.device}")
+    size = encoder.image_size
+    assert size is not None
+    patch = 4 if size <= 40 else 8 if size <= 112 else 16
+    resolver.fill("encoder.patch_size", patch, f"about 8 x 8 patches or more at {size} px")
+    resolver.fill("encoder.num_registers", 4 if encoder.class_token else 0, "DINOv2 with registers; none without class token")
+    resolver.fill("encoder.in_chans", facts.channels, "channels of the data")
+
+
+def _resolve_length(resolver: _Resolver, facts: DataFacts) -> None:
+    batch = 256 if facts.device == "cuda" else 64
+    batch = min(batch, max(2, 2 ** int(math.log2(max(2, facts.num_images)))))
+    resolver.fill("batch_size", batch, f"{facts.device}, {facts.num_images} images")
+    size = resolver.config.batch_size
+    assert size is not None
+    seen = min(max(200 * facts.num_images, 2_000_000), max(100 * facts.num_images, 20_000_000))
+    if facts.device == "cpu":
+        seen = min(seen, 200_000)
+    resolver.fill("steps", max(100, seen // size), f"about {seen:,} images seen at batch {size} on {facts.device}")
+    resolver.fill("checkpoint.every", max(50, _required(resolver.config.steps) // 10), "ten a run")
+    resolver.fill("knn.every", max(50, _required(resolver.config.steps) // 10), "ten a run")
+    resolver.fill("precision", "bf16", "autocast; losses, softmax and averages stay in fp32")
+
+
+def _resolve_crops(resolver: _Resolver) -> None:
+    config = resolver.config
+    size, patch = _required(config.encoder.image_size), _required(config.encoder.patch_size)
+    distilled = config.dino is not None
+    on_gpu_scale = size >= 160
+    count = (8 if on_gpu_scale else 2) if distilled else 0
+    resolver.fill("crops.num_local", count, "DINO's multi-crop; fewer at small sizes; none without DINO")
+    local = max(patch, round(size * 96 / 224 / patch) * patch)
+    resolver.fill("crops.local_size", local, "96 of 224 pixels, as DINO, in whole patches")
+    resolver.fill("crops.global_scale", [0.4, 1.0] if config.crops.num_local else [0.2, 1.0], "DINO with, MAE without local crops")
+
+
+def _resolve_optim(resolver: _Resolver) -> None:
+    config = resolver.config
+    batch, steps = _required(config.batch_size), _required(config.steps)
+    rate = min(4e-3 * math.sqrt(batch / 1024), 1.5e-3)
+    resolver.fill("optim.lr", round(rate, 7), "4e-3 sqrt(batch / 1024) (DINOv2), at most 1.5e-3")
+    alone = config.dino is None and config.ibot is None
+    resolver.fill("optim.beta2", 0.95 if alone else 0.999, "MAE alone .95, else .999, as published")
+    half_life = min(88_700, max(batch, batch * steps // 20))
+    momentum = 0.5 ** (batch / half_life)
+    resolver.fill(
+        "optim.momentum", round(momentum, 6), f"half-life of {half_life:,} images: DINO's .996 at 512, at most 1/20 of the run"
+    )
+
+
+def _resolve_objectives(resolver: _Resolver, facts: DataFacts) -> None:
+    config = resolver.config
+    prototypes = next((k for limit, k in _PROTOTYPES if facts.num_images < limit), 65536)
+    share = min(1.0, max(0.0, math.log(max(facts.num_images, 1) / 20_000) / math.log(1_281_167 / 20_000)))
+    temperature = round(0.04 + 0.03 * share, 4)
+    for name in ("dino", "ibot"):
+        if getattr(config, name) is not None:
+            resolver.fill(f"{name}.num_prototypes", prototypes, f"{facts.num_images:,} images")
+            resolver.fill(f"{name}.teacher_temperature", temperature, ".04 for small sets to DINO's .07 at ImageNet's size")
+            resolver.fill(f"{name}.teacher_temperature_start", 0.04, "DINO")
+    if config.mae is not None:
+        width = config.encoder.embed_dim or next((w for n, w in _WIDTH.items() if n in str(config.encoder.name)), 768)
+        dim, depth, heads = next(row[1:] for row in _DECODER if width <= row[0])
+        resolver.fill("mae.decoder_dim", dim, f"encoder width {width}; MAE's 512 for width 768 and above")
+        resolver.fill("mae.decoder_depth", depth, f"encoder width {width}; MAE's 8 for width 768 and above")
+        resolver.fill("mae.decoder_num_heads", heads, "32 channels a head")
+
+
+def _check(config: PretrainConfig) -> None:
+    """What no default can mend."""
+    size, patch = _required(config.encoder.image_size), _required(config.encoder.patch_size)
+    if size % patch:
+        raise InputError(f"encoder.image_size={size} is no multiple of encoder.patch_size={patch}; take {size // patch * patch}")
+    if config.crops.num_local:
+        local = _required(config.crops.local_size)
+        if local % patch:
+            near = max(patch, local // patch * patch)
+            raise InputError(f"crops.local_size={local} is no multiple of encoder.patch_size={patch}; take {near}")
+    if config.dino is not None and config.crops.num_global < 2:
+        raise InputError(f"dino needs two global crops, crops.num_global={config.crops.num_global}; set it to 2")
+    if config.koleo is not None and config.dino is None and config.ibot is None:
+        raise InputError("koleo spreads class tokens and learns nothing alone; switch on dino={} with it")
+    if _required(config.batch_size) % config.accumulate:
+        raise InputError(f"accumulate={config.accumulate} does not divide batch_size={config.batch_size}")
+    if not config.encoder.class_token and config.encoder.num_registers:
+        raise InputError(f"encoder.num_registers={config.encoder.num_registers} needs encoder.class_token=true; set it to 0")
+
+
+def _required(value: int | None) -> int:
+    assert value is not None
+    return value
