@@ -1,0 +1,265 @@
+"""Bytes to pixels: one image in, one (H, W, C) uint8 array out, or `BadImage` with the reason.
+
+It never resizes (except by JPEG's own reduced scales, when allowed) and never guesses past damage. The rules:
+
+- EXIF orientation is applied. Animations and multi-page files give their first frame.
+- Transparency is composited on white, unless as many channels are asked for as the file has with its alpha.
+- 16-bit values v become round(v / 257). Floats within 0..1 become 255 v, floats within 0..255 are kept; any other range,
+  and signed or 32-bit integers, are stretched from their 0.5th..99.5th percentile over the image. NaN and infinity become 0.
+- CMYK, YCbCr, HSV and LAB become RGB; RGB becomes grey by BT.601 luma, grey becomes RGB by repetition.
+- The size in the header is checked against `max_pixels` before anything is decoded.
+- A truncated or corrupt stream is bad; only a JPEG's missing end-of-image marker is forgiven.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import struct
+
+import numpy as np
+import simplejpeg
+from PIL import Image, ImageCms
+
+from sslvit.data.bad_files import BadFiles, BadImage
+
+__all__ = ["BadFiles", "BadImage", "decode"]
+
+MAX_PIXELS = 50_000_000
+
+# What Pillow may open: the common ones, then by name, so that formats without a signature (TGA) are tried after the others.
+# Left out: EPS and WMF, which call other programs, and formats without a decoder.
+_FORMATS = (
+    *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "BLP", "CUR", "DCX", "DDS", "DIB", "FITS"),
+    *("FLI", "FTEX", "GBR", "ICNS", "ICO", "IM", "IMT", "MSP", "PCD", "PCX", "PIXAR", "PSD", "QOI", "SGI", "SPIDER"),
+    *("SUN", "TGA", "XBM", "XPM", "XVTHUMB"),
+)
+# Pillow decodes (some forms of) these in Python, about a microsecond a pixel: a smaller limit instead of a hang.
+_SLOW_FORMATS = frozenset({"BLP", "DDS", "FITS", "FTEX", "MSP", "QOI", "SGI", "XPM"})
+_SLOW_MAX_PIXELS = 2_000_000
+_MAX_JPEG_SCANS = 100  # a usual progressive file has about ten; thousands are a trap
+_ORIENTATION = 0x0112  # EXIF tag
+
+
+def decode(
+    data: bytes | np.ndarray,
+    *,
+    channels: int | None = 3,
+    max_pixels: int = MAX_PIXELS,
+    min_side: int | None = None,
+) -> np.ndarray:
+    """Decodes one image.
+
+    Args:
+        data: the bytes of an image file, or an array (H, W) or (H, W, C) of uint8, uint16, float or bool.
+        channels: C of the result; 1 and 3 convert into each other. None: the file's own count, without alpha.
+        max_pixels: H x W above this is refused unread.
+        min_side: a JPEG may be decoded at a reduced scale whose shorter side is still at least this many pixels.
+
+    Returns:
+        (H, W, C) uint8, C-contiguous.
+
+    Raises:
+        BadImage: the reason in words; whatever the bytes are, nothing else is raised.
+    """
+    if isinstance(data, np.ndarray):
+        return _fit_channels(_array_to_uint8(data, max_pixels), channels)
+    if not data:
+        raise BadImage("the file is empty")
+    try:
+        if data[:2] == b"\xff\xd8":
+            image = _decode_jpeg(data, channels, max_pixels, min_side)
+            if image is not None:
+                return image
+        return _decode_with_pillow(data, channels, max_pixels)
+    except BadImage:
+        raise
+    except Exception as error:  # Pillow lets SyntaxError, struct.error, TypeError, OverflowError ... out of broken files
+        raise BadImage(_reason(error, data)) from error
+
+
+def _decode_jpeg(data: bytes, channels: int | None, max_pixels: int, min_side: int | None) -> np.ndarray | None:
+    """The fast way for grey and colour JPEGs. Returns None where Pillow has to look: CMYK, odd streams."""
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    _check_size(width, height, max_pixels)
+    if data.count(b"\xff\xda") > _MAX_JPEG_SCANS:
+        raise BadImage(f"more than {_MAX_JPEG_SCANS} scans in a JPEG")
+    if colorspace not in ("Gray", "YCbCr", "RGB"):
+        return None
+    grey = colorspace == "Gray" if channels is None else channels == 1 and colorspace == "Gray"
+    image = _decode_jpeg_strictly(data, "GRAY" if grey else "RGB", min_side or 0)
+    if image is None:
+        return None
+    return _fit_channels(_orient(image, _jpeg_orientation(data)), channels)
+
+
+def _decode_jpeg_strictly(data: bytes, colorspace: str, min_side: int) -> np.ndarray | None:
+    """(H, W, C) uint8; BadImage when the stream ends early; None when it is odd in another way."""
+    for attempt in (data, data + b"\xff\xd9"):
+        try:
+            return simplejpeg.decode_jpeg(attempt, colorspace, min_height=min_side, min_width=min_side, min_factor=2)
+        except ValueError as error:
+            message = str(error)
+            if message != "Premature end of JPEG file":
+                break
+    if "premature end" in message.lower():
+        raise BadImage("truncated or corrupt JPEG: its data end early")
+    return None
+
+
+def _jpeg_orientation(data: bytes) -> int:
+    """The EXIF (or else XMP) orientation, 1..8; 1 where there is none or it makes no sense. Reads headers only."""
+    exif, xmp, position = b"", b"", 2
+    while position + 4 <= len(data) and data[position] == 0xFF:
+        marker, length = data[position + 1], struct.unpack_from(">H", data, position + 2)[0]
+        if marker == 0xDA or length < 2:
+            break
+        if marker == 0xE1:
+            body = data[position + 4 : position + 2 + length]
+            if body.startswith(b"Exif\0\0"):
+                exif += body[6:]
+            elif b"tiff:Orientation" in body:
+                xmp = body
+        position += 2 + length
+    orientation = None
+    if exif:
+        try:
+            tags = Image.Exif()
+            tags.load(b"Exif\0\0" + exif)
+            orientation = tags.get(_ORIENTATION)
+        except Exception:  # a broken EXIF block does not make the pixels bad
+            orientation = None
+    if orientation is None and (match := re.search(rb'tiff:Orientation(?:="|>)([0-9])', xmp)):
+        orientation = int(match[1])
+    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
+
+
+def _orient(image: np.ndarray, orientation: int) -> np.ndarray:
+    """Turns (H, W, C) upright; EXIF 2.3, tag 274: where row 0 and column 0 lie."""
+    if orientation in (5, 6, 7, 8):
+        image = image.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        image = image[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        image = image[::-1]
+    return np.ascontiguousarray(image)
+
+
+def _decode_with_pillow(data: bytes, channels: int | None, max_pixels: int) -> np.ndarray:
+    if data[:2] == b"\xff\xd8" and not data.endswith(b"\xff\xd9"):
+        data += b"\xff\xd9"
+    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        _check_size(image.width, image.height, max_pixels)
+        if image.format in _SLOW_FORMATS and image.width * image.height > _SLOW_MAX_PIXELS:
+            raise BadImage(f"{image.width} x {image.height} pixels are too many for the format {image.format}")
+        image.load()
+        return _fit_channels(_orient(_pixels(image, channels), _pillow_orientation(image)), channels)
+
+
+def _pillow_orientation(image: Image.Image) -> int:
+    try:
+        orientation = image.getexif().get(_ORIENTATION)
+    except Exception:  # a broken EXIF block does not make the pixels bad
+        return 1
+    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
+
+
+def _pixels(image: Image.Image, channels: int | None) -> np.ndarray:
+    """A loaded Pillow image as (H, W, C) uint8, alpha composited unless `channels` counts it."""
+    mode = image.mode
+    if mode == "I" and image.format in ("PNG", "PPM"):  # 16-bit values in 32-bit pixels
+        return _array_to_uint8(np.asarray(image).clip(0, 65535).astype(np.uint16))
+    if mode == "F" or mode.startswith("I"):
+        return _array_to_uint8(np.asarray(image))
+    if mode == "LAB":
+        lab = ImageCms.createProfile("LAB")
+        transform = ImageCms.buildTransform(lab, ImageCms.createProfile("sRGB"), "LAB", "RGB")
+        converted = ImageCms.applyTransform(image, transform)
+        assert converted is not None
+        return np.asarray(converted)
+    if mode == "RGBX" and channels == 4:
+        return np.asarray(image)
+    if image.has_transparency_data:
+        grey = mode in ("1", "L", "LA", "La")
+        own = 2 if grey else 4
+        image = image.convert("RGBA")
+        if channels == own:
+            return np.asarray(image.convert("LA") if grey else image)
+        pixels = _composite_on_white(np.asarray(image))
+        return pixels[:, :, :1] if grey else pixels
+    if mode not in ("L", "RGB"):
+        image = image.convert("L" if mode == "1" else "RGB")
+    pixels = np.asarray(image)
+    return pixels if pixels.ndim == 3 else pixels[:, :, None]
+
+
+def _composite_on_white(pixels: np.ndarray) -> np.ndarray:
+    """(H, W, 4) uint8 to (H, W, 3): round(alpha c + (1 - alpha) 255)."""
+    alpha = pixels[:, :, 3:].astype(np.uint16)
+    blended = pixels[:, :, :3] * alpha + (255 - alpha) * np.uint16(255)
+    return ((blended.astype(np.uint32) + 127) // 255).astype(np.uint8)
+
+
+def _array_to_uint8(array: np.ndarray, max_pixels: int | None = None) -> np.ndarray:
+    """Any numeric (H, W) or (H, W, C) to (H, W, C) uint8, by the rules at the top."""
+    if array.ndim not in (2, 3) or 0 in array.shape:
+        raise BadImage(f"an array of shape {array.shape} is no image (H, W) or (H, W, C)")
+    if max_pixels is not None:
+        _check_size(array.shape[1], array.shape[0], max_pixels)
+    if array.ndim == 2:
+        array = array[:, :, None]
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == np.bool_:
+        return array.astype(np.uint8) * np.uint8(255)
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:
+        return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if array.dtype.kind not in "iuf":
+        raise BadImage(f"an array of {array.dtype} is no image")
+    return _stretch(array)
+
+
+def _stretch(array: np.ndarray) -> np.ndarray:
+    values = np.nan_to_num(array.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
+    low, high = float(values.min()), float(values.max())
+    if array.dtype.kind == "f" and low >= 0 and high <= 255:
+        values *= 255.0 if high <= 1 else 1.0
+    else:
+        sample = values.reshape(-1)[:: max(1, values.size // 1_000_000)]
+        low, high = (float(v) for v in np.percentile(sample, (0.5, 99.5)))
+        values = (values - low) * (255.0 / (high - low)) if high > low else np.zeros_like(values)
+    return np.clip(np.rint(values), 0, 255).astype(np.uint8)
+
+
+def _fit_channels(image: np.ndarray, channels: int | None) -> np.ndarray:
+    """(H, W, C) uint8 with C = `channels`, C-contiguous."""
+    own = image.shape[2]
+    if channels == 3 and own == 1:
+        image = np.repeat(image, 3, axis=2)
+    elif channels == 1 and own == 3:
+        weighted = image.astype(np.uint32) @ np.array([19595, 38470, 7471], np.uint32)  # BT.601 luma x 65536
+        image = ((weighted + 32768) >> 16).astype(np.uint8)[:, :, None]
+    elif channels is not None and channels != own:
+        raise BadImage(f"{own} channels where {channels} are expected")
+    return np.ascontiguousarray(image)
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width < 1 or height < 1:
+        raise BadImage(f"the header says {width} x {height} pixels")
+    if width * height > max_pixels:
+        raise BadImage(f"{width} x {height} pixels are over the limit of {max_pixels / 1e6:g} million")
+
+
+def _reason(error: Exception, data: bytes) -> str:
+    """One line, the same for the same bytes on every run."""
+    start = data[:64].lstrip().lower()
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "not an image but HTML or XML text"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image of a known format"
+    message = re.sub(r"<[^<>]* at 0x[0-9a-f]+>", "the file", " ".join(str(error).split()))
+    return f"{type(error).__name__}: {message}"[:300]
