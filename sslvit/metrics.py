@@ -1,0 +1,247 @@
+"""The record of a run: `metrics.jsonl`, `train.log`, TensorBoard when installed, and a progress line with rate and ETA.
+
+Not an evaluator. Values stay tensors on their device and are averaged there between lines, so that logging makes no
+step wait; they are read only when a line is due. Lines fall on fixed steps, and their averages go through checkpoints,
+so that an interrupted run leaves the same lines as an uninterrupted one, apart from the fields about time.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sslvit.distributed import all_reduce_sum_, is_main, world_size
+from sslvit.errors import Resumable
+
+__all__ = ["TIMING_FIELDS", "MetricsLog"]
+
+TIMING_FIELDS = frozenset({"seconds", "images_per_s", "data_wait", "peak_memory_mib", "eta"})
+CONSOLE_SECONDS = 10.0  # a plain log gets a line at most this often
+
+
+class MetricsLog:
+    """One per run; `begin` opens a stage of it (pretraining is one stage with an empty name)."""
+
+    def __init__(self, folder: Path, *, log_every: int | None = None) -> None:
+        """log_every: steps between lines; None gives about a hundred lines, and one at least every 100 steps."""
+        self.folder = Path(folder)
+        self._wanted_every = log_every
+        self._main = is_main()
+        self._board: Any = None
+        self._bar: Any = None
+        if self._main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def begin(self, steps: int, resumed: int | None, stage: str = "", device: torch.device | None = None) -> None:
+        """Starts or resumes a stage; lines of it after step `resumed` (None: all of them) are cut off."""
+        self.steps, self.stage = steps, stage
+        self.device = device or torch.device("cpu")
+        self.log_every = self._wanted_every or max(1, min(100, steps // 100))
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+        self._begun_at, self._begun_step = time.monotonic(), resumed or 0
+        self._window = _Window(self._begun_at)
+        self._said_at = -math.inf
+        if self._main:
+            _cut(self.folder / "metrics.jsonl", stage, -1 if resumed is None else resumed)
+            self._open_board(-1 if resumed is None else resumed)
+            self._open_bar(resumed or 0)
+
+    def rewind(self, step: int) -> None:
+        """Cuts the lines after `step`: the run was rolled back to it and will write them again."""
+        if self._main:
+            _cut(self.folder / "metrics.jsonl", self.stage, step)
+
+    def add(self, values: Mapping[str, Tensor | float]) -> None:
+        """Takes one step's values into the averages of the next line."""
+        for name, value in values.items():
+            total = self._sums.get(name)
+            term = torch.as_tensor(value, dtype=torch.float32, device=self.device).detach()
+            self._sums[name] = term if total is None else total + term
+        self._count += 1
+
+    def tick(self, step: int, images: int, waited: float) -> None:
+        """Counts one step: its images over all processes, and the seconds it waited for data."""
+        self._window.images += images
+        self._window.waited += waited
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    def due(self, step: int) -> bool:
+        """Whether a line falls on this step."""
+        return step % self.log_every == 0 or step == self.steps
+
+    def line(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes the averages since the last line beside `values`, which belong to this very step. Collective."""
+        averages = self._take_averages()
+        row = {
+            "step": step,
+            **({"stage": self.stage} if self.stage else {}),
+            **averages,
+            **values,
+            **self._timing(step),
+        }
+        self._window = _Window(time.monotonic())
+        if self._main:
+            self._write(row)
+            self._board_add(step, row)
+            self._show(step, row)
+
+    def row(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes the result of an evaluation at this step."""
+        row = {"step": step, **({"stage": self.stage} if self.stage else {}), **values}
+        if self._main:
+            self._write(row)
+            self._board_add(step, row)
+            self.say(_plain(row))
+
+    def say(self, text: str) -> None:
+        """One line for people: on the console and in train.log."""
+        if not self._main:
+            return
+        if self._bar is not None:
+            self._bar.write(text)
+        else:
+            print(text, flush=True)
+        self._append("train.log", text + "\n")
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint needs so that the next line is the same after a resume."""
+        return {**{f"sum/{name}": total for name, total in self._sums.items()}, "count": torch.tensor(self._count)}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """The reverse of `state`."""
+        self._count = int(state["count"])
+        self._sums = {
+            name.removeprefix("sum/"): total.to(self.device) for name, total in state.items() if name != "count"
+        }
+
+    def sync(self) -> None:
+        """Makes the lines durable; called before a checkpoint that says they exist."""
+        path = self.folder / "metrics.jsonl"
+        if self._main and path.exists():
+            descriptor = os.open(path, os.O_RDWR)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def end(self) -> None:
+        """Closes the stage's progress bar and TensorBoard file."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+
+    def _take_averages(self) -> dict[str, float]:
+        if not self._sums:
+            return {}
+        sums = torch.stack([self._sums[name].float() for name in self._sums])
+        averages: list[float] = (all_reduce_sum_(sums) / (self._count * world_size())).tolist()
+        names = list(self._sums)
+        self._sums, self._count = {}, 0
+        return dict(zip(names, averages, strict=True))
+
+    def _timing(self, step: int) -> dict[str, float]:
+        now = time.monotonic()
+        span = max(1e-9, now - self._window.since)
+        done = max(1, step - self._begun_step)
+        return {
+            "images_per_s": round(self._window.images / span, 2),
+            "data_wait": round(self._window.waited / span, 4),
+            "seconds": round(now - self._begun_at, 3),
+            "peak_memory_mib": _peak_memory_mib(self.device),
+            "eta": round((now - self._begun_at) / done * (self.steps - step), 1),
+        }
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        self._append("metrics.jsonl", json.dumps(row) + "\n")
+
+    def _append(self, name: str, text: str) -> None:
+        try:
+            with open(self.folder / name, "a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise Resumable(
+                f"could not write {len(text)} bytes to {self.folder / name}: {error.strerror}; "
+                "make room and run the same command again"
+            ) from error
+
+    def _show(self, step: int, row: Mapping[str, Any]) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {row.get('loss', math.nan):.4f}")
+            self._append("train.log", _plain(row) + "\n")
+        elif time.monotonic() - self._said_at >= CONSOLE_SECONDS or step == self.steps:
+            self._said_at = time.monotonic()
+            self.say(_plain(row))
+
+    def _open_bar(self, resumed: int) -> None:
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=self.steps, initial=resumed, desc=self.stage or "pretrain", unit="step")
+
+    def _open_board(self, resumed: int) -> None:
+        if importlib.util.find_spec("tensorboard") is None:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(self.folder / "tb" / self.stage), purge_step=resumed + 1)
+
+    def _board_add(self, step: int, row: Mapping[str, Any]) -> None:
+        if self._board is not None:
+            for name, value in row.items():
+                if name not in ("step", "stage"):
+                    self._board.add_scalar(name, value, step)
+
+
+class _Window:
+    """What happened since the last line."""
+
+    def __init__(self, since: float) -> None:
+        self.since = since
+        self.images = 0
+        self.waited = 0.0
+
+
+def _cut(path: Path, stage: str, step: int) -> None:
+    """Cuts metrics.jsonl before the first line of `stage` past `step`, and before a half-written last line."""
+    if not path.exists():
+        return
+    end = 0
+    with open(path, "rb") as file:
+        for text in file:
+            try:
+                row = json.loads(text)
+            except ValueError:
+                break
+            if not text.endswith(b"\n") or (row.get("stage", "") == stage and row["step"] > step):
+                break
+            end += len(text)
+    os.truncate(path, end)
+
+
+def _plain(row: Mapping[str, Any]) -> str:
+    return "  ".join(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()
+    )
+
+
+def _peak_memory_mib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)

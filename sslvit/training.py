@@ -1,0 +1,351 @@
+"""The one training loop: pretraining and every stage of alignment run through `train`.
+
+It knows steps, not epochs, and nothing of images or objectives. Not a framework: no callbacks besides one periodic
+evaluation. What makes a resume exact: everything that lives longer than a step is in the checkpoint (module, optimizer,
+data cursor, counters, averages of the log), and everything random is a function of (seed, step, rank) or of the cursor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sslvit import distributed
+from sslvit.checkpoint import (
+    Saving,
+    checkpoint_path,
+    checkpoint_steps,
+    clean_checkpoints,
+    drop_checkpoints_after,
+    latest_checkpoint,
+    load_checkpoint,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    save_checkpoint,
+    verify_checkpoint,
+)
+from sslvit.errors import Resumable
+from sslvit.metrics import MetricsLog
+from sslvit.optim import apply_schedule, clip_grad_norm_
+from sslvit.signals import StopFlag
+
+__all__ = ["Batches", "Progress", "Trainable", "step_seed", "train"]
+
+BAD_STEPS = 3  # non-finite steps in a row before the run is rolled back
+ROLLBACKS = 2  # roll-backs before it is stopped
+
+
+class Trainable(Protocol):
+    """What `train` asks of an nn.Module. Everything it must remember is in its state_dict().
+
+    forward(batch, step) returns the loss () and values to log; it is called once per micro-batch, with the same step.
+    before_update(step) may still change gradients (e.g. set one to None to hold a layer); called once per step.
+    after_step(step) follows every update that was applied (moving averages, centres): never after a skipped step.
+    """
+
+    def forward(self, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor | float]]: ...  # noqa: D102
+    def before_update(self, step: int) -> None: ...  # noqa: D102
+    def after_step(self, step: int) -> None: ...  # noqa: D102
+
+
+class Batches(Protocol):
+    """An endless stream of (micro-)batches, each with `.to(device)`, and the cursor after it (samples consumed)."""
+
+    def seek(self, cursor: int) -> None: ...  # noqa: D102
+    def __iter__(self) -> Iterator[tuple[Any, int]]: ...
+
+
+@dataclass
+class Progress:
+    """Where a run stands, beside its tensors. `step` counts steps done, `cursor` samples consumed by all processes."""
+
+    step: int = 0
+    cursor: int = 0
+    bad_in_a_row: int = 0
+    skipped: int = 0
+    rollbacks: int = 0
+    best_value: float | None = None
+    best_step: int | None = None
+
+
+def train(
+    module: nn.Module,
+    batches: Batches,
+    *,
+    optimizer: torch.optim.Optimizer,
+    schedule: Callable[[int], Mapping[str, float]],
+    steps: int,
+    accumulate: int = 1,
+    clip_norm: float = 0.0,
+    precision: str = "fp32",
+    device: torch.device,
+    folder: Path,
+    checkpoint_every: int,
+    keep: int = 2,
+    metrics: MetricsLog,
+    stop: StopFlag,
+    seed: int = 0,
+    meta: Mapping[str, Any] | None = None,
+    periodic: Callable[[int], dict[str, float]] | None = None,
+    periodic_every: int = 0,
+    best: str | None = None,
+    stage: str = "",
+) -> Progress:
+    """Trains `module` (a Trainable) to `steps`, from `folder/checkpoints` if it holds a checkpoint.
+
+    schedule(step) gives "lr" and "weight_decay", scaled by each group's lr_scale and wd_scale. `accumulate`
+    micro-batches make a step. precision: "fp32" or "bf16" (autocast). `meta` is stored in every checkpoint.
+    periodic(step) runs at step 0, every `periodic_every` steps and at the end, on all processes; its values are logged,
+    and while `best` names one of them, the step where it was largest keeps its checkpoint (best.json).
+
+    A step whose loss or gradient is not finite is skipped on all processes alike; three in a row roll back to the last
+    good checkpoint while the data go on; at the second roll-back a RuntimeError stops the run. On a signal or a full
+    disk: Resumable.
+    """
+    assert precision in ("fp32", "bf16"), precision
+    saver = _Saver(Path(folder) / "checkpoints", module, optimizer, metrics, dict(meta or {}), keep)
+    newest = saver.find()
+    metrics.begin(steps, None if newest is None else _step_of(newest), stage, device)
+    progress = Progress() if newest is None else saver.restore(newest)
+    model = _parallel(module, device)
+    batches.seek(progress.cursor)
+    stream = iter(batches)
+    try:
+        if newest is None:
+            _evaluate(periodic, model, metrics, progress, best)
+            saver.save(progress)
+        while progress.step < steps:
+            saver.check(stop, progress)
+            step, cursor = progress.step, progress.cursor
+            torch.manual_seed(step_seed(seed, step, distributed.rank()))
+            apply_schedule(optimizer, values := schedule(step))
+            optimizer.zero_grad(set_to_none=True)
+            logs, waited = [], 0.0
+            for micro in range(accumulate):
+                began = time.monotonic()
+                batch, progress.cursor = next(stream)
+                waited += time.monotonic() - began
+                with _no_sync(model, micro + 1 < accumulate):
+                    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                        loss, parts = model(batch.to(device), step)
+                    (loss / accumulate).backward()
+                logs.append({"loss": loss.detach(), **parts})
+            module.before_update(step)  # type: ignore[operator]
+            norm = clip_grad_norm_(module.parameters(), clip_norm)
+            progress.step += 1
+            if _finite_everywhere(norm, [entry["loss"] for entry in logs]):
+                optimizer.step()
+                module.after_step(step)  # type: ignore[operator]
+                progress.bad_in_a_row = 0
+                metrics.add({**_mean(logs), "grad_norm": norm})
+            else:
+                saver.skip(progress)
+            metrics.tick(progress.step, progress.cursor - cursor, waited)
+            if metrics.due(progress.step):
+                metrics.line(progress.step, {**values, "skipped": progress.skipped})
+            improved = False
+            if periodic_every and (progress.step % periodic_every == 0 or progress.step == steps):
+                improved = _evaluate(periodic, model, metrics, progress, best)
+            due = progress.step % checkpoint_every == 0 and progress.bad_in_a_row == 0
+            if due or improved or progress.step == steps:
+                saver.save(progress)
+        saver.close()
+    except BaseException:
+        saver.abandon()
+        raise
+    finally:
+        metrics.end()
+    return progress
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of everything random inside the model at this step: equal keys, equal draws; nothing else matters."""
+    digest = hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+class _Saver:
+    """Writes and reads the checkpoints of one `train`. The main process writes, every process reads."""
+
+    def __init__(
+        self,
+        root: Path,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        metrics: MetricsLog,
+        meta: dict[str, Any],
+        keep: int,
+    ) -> None:
+        self.root, self.module, self.optimizer, self.metrics = root, module, optimizer, metrics
+        self.meta, self.keep = meta, keep
+        self.saving: Saving | None = None
+        self.saved_step: int | None = None
+
+    def find(self) -> Path | None:
+        """The newest checkpoint that verifies, as the main process sees it."""
+        newest = None
+        if distributed.is_main():
+            clean_checkpoints(self.root)
+            newest = latest_checkpoint(self.root)
+        return distributed.broadcast_object(newest)
+
+    def restore(self, path: Path) -> Progress:
+        tensors, meta = load_checkpoint(path, verify=False)
+        self.module.load_state_dict(tensors["model"])
+        load_optimizer_tensors(self.optimizer, tensors["optimizer"])
+        self.metrics.load_state(tensors["metrics"])
+        self.saved_step = meta["step"]
+        return Progress(**meta["progress"])
+
+    def save(self, progress: Progress) -> None:
+        if self.saved_step == progress.step:
+            return
+        self.saved_step = progress.step
+        if not distributed.is_main():
+            return
+        if self.saving is not None:
+            self.saving.join()
+        self.metrics.sync()
+        tensors = {
+            "model": self.module.state_dict(),
+            "optimizer": optimizer_tensors(self.optimizer),
+            "metrics": self.metrics.state(),
+        }
+        meta = {**self.meta, "cursor": progress.cursor, "progress": asdict(progress)}
+        self.saving = save_checkpoint(self.root, progress.step, tensors, meta, keep=self.keep, best=progress.best_step)
+
+    def check(self, stop: StopFlag, progress: Progress) -> None:
+        """Between steps: has anybody been asked to stop, or could the last checkpoint not be written?"""
+        failed = self.saving is not None and self.saving.failed
+        verdict = distributed.all_reduce_max_(torch.tensor([float(stop.is_set()), float(failed)]))
+        stopping, failing = bool(verdict[0]), bool(verdict[1])
+        if failing:
+            self._raise_failure()
+        if stopping:
+            self.save(progress)
+            self.close()
+            reason = distributed.broadcast_object(stop.received) or "a signal to another process"
+            raise Resumable(
+                f"stopped by {reason} after step {progress.step}, saved in "
+                f"{checkpoint_path(self.root, progress.step)}; run the same command to go on"
+            )
+
+    def skip(self, progress: Progress) -> None:
+        """Counts a step that was not applied; three in a row go back to the last good checkpoint."""
+        progress.skipped += 1
+        progress.bad_in_a_row += 1
+        self.metrics.say(f"step {progress.step}: loss or gradient not finite, step skipped")
+        if progress.bad_in_a_row < BAD_STEPS:
+            return
+        target = self._last_good()
+        if progress.rollbacks + 1 >= ROLLBACKS:
+            raise RuntimeError(
+                f"loss or gradient not finite {BAD_STEPS} times in a row at step {progress.step} (samples up to "
+                f"{progress.cursor}), for the {ROLLBACKS}nd time; the last good state is {target}: "
+                "lower optim.lr, use precision=fp32, or look at the data there"
+            )
+        skipped, rollbacks, cursor = progress.skipped, progress.rollbacks + 1, progress.cursor
+        vars(progress).update(asdict(self.restore(target)))
+        progress.skipped, progress.rollbacks, progress.cursor, progress.bad_in_a_row = skipped, rollbacks, cursor, 0
+        self.metrics.rewind(progress.step)
+        if distributed.is_main():
+            drop_checkpoints_after(self.root, progress.step)
+        self.metrics.say(f"rolled back to step {progress.step}; the data go on at sample {cursor}")
+
+    def _last_good(self) -> Path:
+        """The newest checkpoint that was not written in the middle of bad steps."""
+        chosen = None
+        if distributed.is_main():
+            if self.saving is not None:
+                self.saving.join()
+            for step in reversed(checkpoint_steps(self.root)):
+                path = checkpoint_path(self.root, step)
+                if verify_checkpoint(path) is None:
+                    chosen = path
+                    if load_checkpoint(path, stems=[], verify=False)[1]["progress"]["bad_in_a_row"] == 0:
+                        break
+        chosen = distributed.broadcast_object(chosen)
+        assert chosen is not None, "every run begins with a checkpoint of step 0"
+        return chosen
+
+    def close(self) -> None:
+        """Waits for the writer; every process learns whether it succeeded."""
+        if self.saving is not None:
+            with contextlib.suppress(Exception):
+                self.saving.join()
+        failed = self.saving is not None and self.saving.failed
+        if bool(distributed.all_reduce_max_(torch.tensor(float(failed)))):
+            self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        if self.saving is not None:
+            self.saving.join()
+        raise Resumable("the main process could not save; see its message")
+
+    def abandon(self) -> None:
+        """On the way out of an error: lets a running write end, keeps the first error."""
+        if self.saving is not None:
+            with contextlib.suppress(Exception):
+                self.saving.join()
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def _parallel(module: nn.Module, device: torch.device) -> nn.Module:
+    module.to(device).train()
+    if distributed.world_size() == 1:
+        return module
+    return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def _no_sync(model: nn.Module, wanted: bool) -> contextlib.AbstractContextManager[Any]:
+    """Gradients are averaged over processes with the last micro-batch only."""
+    if wanted and isinstance(model, DistributedDataParallel):
+        return model.no_sync()
+    return contextlib.nullcontext()
+
+
+def _finite_everywhere(norm: Tensor, losses: list[Tensor]) -> bool:
+    """Whether the gradient norm and every loss of this step are finite, on every process."""
+    values = torch.stack([norm.float(), *(loss.float() for loss in losses)])
+    bad = (~torch.isfinite(values)).any().float()
+    return not bool(distributed.all_reduce_max_(bad))
+
+
+def _mean(logs: list[dict[str, Tensor | float]]) -> dict[str, Tensor | float]:
+    if len(logs) == 1:
+        return logs[0]
+    return {name: sum(torch.as_tensor(entry[name]).detach() for entry in logs) / len(logs) for name in logs[0]}
+
+
+def _evaluate(
+    periodic: Callable[[int], dict[str, float]] | None,
+    model: nn.Module,
+    metrics: MetricsLog,
+    progress: Progress,
+    best: str | None,
+) -> bool:
+    """Runs the periodic evaluation; True if its value named `best` is the largest so far."""
+    if periodic is None:
+        return False
+    values = distributed.broadcast_object(periodic(progress.step))
+    model.train()
+    if values:
+        metrics.row(progress.step, values)
+    if best is None or best not in values:
+        return False
+    if progress.best_value is not None and values[best] <= progress.best_value:
+        return False
+    progress.best_value, progress.best_step = values[best], progress.step
+    return True
