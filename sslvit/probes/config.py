@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class KnnMonitorConfig:
-    """k-NN on clean images while pretraining. Without `train` and `val` the labels of `data` and `val_data` serve, if any."""
+    """k-NN on clean images while pretraining. Without `train` and `val` the labels of `data` and `val_data` serve."""
 
     every: int | None = None  # steps; auto: ten times a run; 0: never
     train: str | None = None  # data specs

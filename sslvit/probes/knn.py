@@ -1,0 +1,211 @@
+"""Weighted k-nearest-neighbour classification on frozen features (DINO, arXiv:2104.14294, section 4.2; Wu et al. 2018).
+
+Cosine similarity; each of the k nearest training images votes for its class with exp(similarity / .07). faiss searches
+blocks of the training set, so memory stays near that of the features. Not an approximate search: every answer equals
+brute force, ties included.
+
+Order and ties, so that a plain loop can repeat every prediction: neighbours are ordered by similarity (in float64,
+to 9 decimals), then by training index; classes by votes (as shares of all votes, to 9 decimals), then by label. faiss
+answers in float32; queries for which that could matter (near-ties) are answered again in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import faiss
+import numpy as np
+
+from sslvit.errors import InputError
+
+PROTOCOL = "k-NN (DINO): cosine, votes exp(sim/.07)"
+NUM_NEIGHBOURS = (10, 20, 100, 200)
+TEMPERATURE = 0.07
+
+TRAIN_BLOCK = 131_072  # rows normalised and searched at a time
+QUERY_BLOCK = 16_384
+EXACT_TRAIN_BLOCK, EXACT_QUERY_BLOCK = 16_384, 256
+SPARE = 8  # neighbours fetched beyond k, so that a tie at the border is seen
+NEAR = 2e-6  # float32 similarities nearer than this may be out of order
+NEAR_SHARES = 2e-5  # likewise for shares of votes: exp(. / .07) magnifies by 14
+
+
+def normalised(features: np.ndarray) -> np.ndarray:
+    """A copy of the rows (n, D) at unit length in float32; a zero row stays zero."""
+    features = np.array(features, dtype=np.float32, order="C")
+    features /= np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    return features
+
+
+def check_features(*arrays: np.ndarray) -> None:
+    """InputError when there is nothing to compare or a feature is not finite."""
+    for values in arrays:
+        if len(values) == 0:
+            raise InputError("a probe needs at least one training and one validation image; one of the sets is empty")
+        bad = ~np.isfinite(values.sum(axis=1, dtype=np.float64))
+        if bad.any():
+            raise InputError(
+                f"{bad.sum()} of {len(values)} feature rows hold NaN or infinity; the encoder's weights are damaged "
+                "or diverged: use an earlier checkpoint or precision=fp32"
+            )
+
+
+def knn(
+    train: np.ndarray,
+    train_labels: np.ndarray,
+    queries: np.ndarray,
+    *,
+    ks: Sequence[int] = NUM_NEIGHBOURS,
+    temperature: float = TEMPERATURE,
+) -> dict[int, np.ndarray]:
+    """Rank the classes of `queries` (m, D) by their neighbours in `train` (n, D), for each k (at most n are used).
+
+    k -> labels (m, r), the likeliest first, r = min(5, k, number of classes); classes without votes fill up the places
+    in order of label. `train_labels` (n,) are any integers.
+    """
+    check_features(train, queries)
+    classes, ids = np.unique(train_labels, return_inverse=True)
+    similarities, neighbours = nearest(train, queries, max(ks), borders=ks)
+    return {
+        k: _vote(similarities[:, :k], neighbours[:, :k], train, ids, classes, queries, min(5, k), temperature)
+        for k in ks
+    }
+
+
+def nearest(
+    train: np.ndarray, queries: np.ndarray, k: int, borders: Sequence[int] = ()
+) -> tuple[np.ndarray, np.ndarray]:
+    """The min(k, n) rows of `train` (n, D) most like each row of `queries` (m, D): similarities and indices (m, k).
+
+    Which rows are among the first k is exact, ties included, also for the smaller numbers of neighbours in `borders`.
+    """
+    k = min(k, len(train))
+    borders = sorted({b for b in [*borders, k] if b < len(train)})
+    similarities = np.empty((len(queries), k), dtype=np.float32)
+    indices = np.empty((len(queries), k), dtype=np.int64)
+    for start in range(0, len(queries), QUERY_BLOCK):
+        block = normalised(queries[start : start + QUERY_BLOCK])
+        best, where = _search(train, block, min(k + SPARE, len(train)))
+        near_tie, run_off = _doubtful(best, borders, len(train))
+        for q in np.flatnonzero(near_tie & ~run_off):
+            best[q], where[q] = _reorder(train, block[q], where[q])
+        for part in np.array_split(np.flatnonzero(run_off), np.ceil(run_off.sum() / EXACT_QUERY_BLOCK) or 1):
+            best[part], where[part] = _search_exact(train, block[part], best.shape[1])
+        similarities[start : start + len(block)] = best[:, :k]
+        indices[start : start + len(block)] = where[:, :k]
+    return similarities, indices
+
+
+def _search(train: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """float32 search of unit queries, train block by train block: (m, k) each, by similarity, then index."""
+    best = np.empty((len(queries), 0), dtype=np.float32)
+    where = np.empty((len(queries), 0), dtype=np.int64)
+    for start in range(0, len(train), TRAIN_BLOCK):
+        rows = normalised(train[start : start + TRAIN_BLOCK])
+        found, index = faiss.knn(queries, rows, min(k, len(rows)), metric=faiss.METRIC_INNER_PRODUCT)
+        best = np.concatenate([best, found], axis=1)
+        where = np.concatenate([where, index + start], axis=1)
+        order = np.lexsort((where, -best), axis=1)[:, :k]
+        best, where = np.take_along_axis(best, order, axis=1), np.take_along_axis(where, order, axis=1)
+    return best, where
+
+
+def _doubtful(best: np.ndarray, borders: Sequence[int], num_train: int) -> tuple[np.ndarray, np.ndarray]:
+    """(m,) bool twice: could float32 noise move a neighbour across a border; does that tie run off what was fetched."""
+    near_tie = np.zeros(len(best), dtype=bool)
+    run_off = np.zeros(len(best), dtype=bool)
+    for k in borders:
+        near_tie |= best[:, k - 1] - best[:, k] < NEAR
+        if best.shape[1] < num_train:
+            run_off |= best[:, k - 1] - best[:, -1] < NEAR
+    return near_tie, run_off
+
+
+def _reorder(train: np.ndarray, query: np.ndarray, where: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The fetched neighbours of one unit query, in their exact order."""
+    exact = _exact_similarity(train, query, where)
+    order = np.lexsort((where, -exact))
+    return exact[order].astype(np.float32), where[order]
+
+
+def _exact_similarity(train: np.ndarray, query: np.ndarray, where: np.ndarray) -> np.ndarray:
+    """Products of one unit query (D,) with the unit rows `where` of train: (k,) float64, to 9 decimals."""
+    return np.round(normalised(train[where]).astype(np.float64) @ query.astype(np.float64), 9)
+
+
+def _search_exact(train: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """float64 search of a few unit queries. One integer key holds similarity and index, so that no tie is left."""
+    keys = np.empty((len(queries), 0), dtype=np.int64)
+    for start in range(0, len(train), EXACT_TRAIN_BLOCK):
+        rows = normalised(train[start : start + EXACT_TRAIN_BLOCK]).astype(np.float64)
+        billionths = np.rint(queries.astype(np.float64) @ rows.T * 1e9).astype(np.int64)
+        index = np.arange(start, start + len(rows))
+        keys = np.concatenate([keys, (-billionths << 32) + index], axis=1)
+        if keys.shape[1] > k:
+            keys = np.partition(keys, k - 1, axis=1)[:, :k]
+    keys = np.sort(keys, axis=1)
+    where = keys & 0xFFFFFFFF
+    return (-((keys - where) >> 32) / 1e9).astype(np.float32), where
+
+
+def _vote(
+    similarities: np.ndarray,
+    neighbours: np.ndarray,
+    train: np.ndarray,
+    ids: np.ndarray,
+    classes: np.ndarray,
+    queries: np.ndarray,
+    places: int,
+    temperature: float,
+) -> np.ndarray:
+    """Labels (m, places) by the votes of (m, k) neighbours; near-ties are counted again in float64."""
+    places = min(places, len(classes))
+    ranking = np.empty((len(queries), places), dtype=classes.dtype)
+    for start in range(0, len(queries), QUERY_BLOCK):
+        rows = slice(start, start + QUERY_BLOCK)
+        near = neighbours[rows]
+        ranked, shares = _rank_classes(similarities[rows].astype(np.float64), ids[near], temperature)
+        for q in np.flatnonzero(_near_shares(ranked, shares)):
+            query = normalised(queries[start + q : start + q + 1])[0]
+            exact = _exact_similarity(train, query, near[q])
+            ranked[q] = _rank_classes(exact[None], ids[near[q]][None], temperature)[0][0]
+        ranking[rows] = classes[_fill(ranked, len(classes), places)]
+    return ranking
+
+
+def _rank_classes(similarities: np.ndarray, ids: np.ndarray, temperature: float) -> tuple[np.ndarray, np.ndarray]:
+    """Class ids (m, k) by share of the votes, then id, and the shares; places beyond the voted classes hold -1 and 0.
+
+    There is no (m, number of classes) table: the k votes of a query are sorted by class and summed run by run.
+    """
+    weights = np.exp((similarities - similarities.max(axis=1, keepdims=True)) / temperature)
+    order = np.argsort(ids, axis=1, kind="stable")
+    ids, weights = np.take_along_axis(ids, order, axis=1), np.take_along_axis(weights, order, axis=1)
+    opens_run = np.ones(ids.shape, dtype=bool)
+    opens_run[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    shares = np.zeros(ids.shape)
+    shares[opens_run] = np.bincount(np.cumsum(opens_run.ravel()) - 1, weights.ravel())
+    shares = np.round(shares / shares.sum(axis=1, keepdims=True), 9)
+    ids = np.where(shares > 0, ids, -1)
+    order = np.argsort(-shares, axis=1, kind="stable")  # stable: equal shares stay in order of id
+    return np.take_along_axis(ids, order, axis=1), np.take_along_axis(shares, order, axis=1)
+
+
+def _near_shares(ids: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """(m,) bool: for which queries noise could change the order of the first five classes."""
+    close = (ids[:, 1:6] >= 0) & (shares[:, :5][:, : shares.shape[1] - 1] - shares[:, 1:6] < NEAR_SHARES)
+    return close.any(axis=1)
+
+
+def _fill(ids: np.ndarray, num_classes: int, places: int) -> np.ndarray:
+    """The first `places` class ids (m, places); -1 gives way to the classes without votes, lowest id first."""
+    ids = ids[:, :places]
+    spare = np.arange(min(2 * places, num_classes))  # holds enough: at most `places` of them have votes
+    unvoted = ~(ids[:, :, None] == spare).any(axis=1)
+    order = np.argsort(~unvoted, axis=1, kind="stable")  # of each row: unvoted ids, in order
+    filled = ids.copy()
+    if filled.shape[1] < places:
+        filled = np.concatenate([filled, np.full((len(ids), places - ids.shape[1]), -1)], axis=1)
+    empty = filled < 0
+    nth = np.cumsum(empty, axis=1) - 1
+    return np.where(empty, np.take_along_axis(order, nth.clip(min=0), axis=1), filled)
