@@ -237,7 +237,7 @@ def forward_layers(encoder: Encoder, images: Tensor, num_blocks: int) -> list[To
     x, rope = _embed(encoder, TokenInput(images))
     layers = []
     for index, block in enumerate(encoder.blocks):
-        x = _run(encoder, _one_block, block, x, _rope_of_block(encoder, rope, index))
+        x = _run(encoder, forward_block, block, x, _rope_of_block(encoder, rope, index))
         if index >= depth - num_blocks:
             layers.append(_tokens(encoder, encoder.norm(x), True, False))
     return layers
@@ -253,7 +253,7 @@ def class_attention_maps(encoder: Encoder, images: Tensor) -> Tensor:
         raise InputError(f"{type(encoder).__name__}: attention maps are shown for plain ViT blocks only")
     x, rope = _embed(encoder, TokenInput(images))
     for index, earlier in enumerate(encoder.blocks[:-1]):
-        x = _one_block(earlier, x, _rope_of_block(encoder, rope, index))
+        x = forward_block(earlier, x, _rope_of_block(encoder, rope, index))
     weights = attention_weights(block.attn, block.norm1(x))
     rows = weights[:, :, 0] if encoder.cls_token is not None else weights.mean(dim=2)
     return rows[..., encoder.num_prefix_tokens :].unflatten(-1, patch_grid(encoder, _size(images)))
@@ -389,8 +389,8 @@ def _drop_path(module: nn.Module, x: Tensor, shapes: Shapes) -> Tensor:
     return x * (factors / keep_prob if module.scale_by_keep else factors)
 
 
-def _one_block(block: nn.Module, x: Tensor, rope: Tensor | None) -> Tensor:
-    """One block of any kind on (B, N, D)."""
+def forward_block(block: nn.Module, x: Tensor, rope: Tensor | None = None) -> Tensor:
+    """One block of any kind on (B, N, D), with the attention that is fastest here; what the block's own forward computes."""
     if _is_walkable(block):
         return _block(block, x.flatten(0, 1), [(x.shape[0], x.shape[1])], "auto").view_as(x)
     return block(x) if rope is None else block(x, rope=rope)
@@ -401,7 +401,7 @@ def _run_whole_blocks(encoder: Encoder, groups: list[Tensor], ropes: list[Tensor
     outputs = []
     for x, rope in zip(groups, ropes, strict=True):
         for index, block in enumerate(encoder.blocks):
-            x = _run(encoder, _one_block, block, x, _rope_of_block(encoder, rope, index))
+            x = _run(encoder, forward_block, block, x, _rope_of_block(encoder, rope, index))
         outputs.append(x)
     return outputs
 

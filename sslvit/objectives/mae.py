@@ -10,7 +10,7 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from sslvit.encoder.vit import Tokens, patchify
+from sslvit.encoder.vit import Tokens, forward_block, patchify
 from sslvit.objectives.config import MaeConfig
 from sslvit.objectives.passes import Draw, Pass, concatenate, num_visible
 
@@ -85,7 +85,7 @@ class Mae(nn.Module):
             dim=1,
         )
         for block in self.blocks:
-            hidden = block(hidden)
+            hidden = forward_block(block, hidden)
         return self.predict(self.norm(hidden[:, -removed.shape[1] :]))
 
     def loss(self, tokens: dict[Pass, Tokens], images: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:

@@ -40,8 +40,7 @@ class Pretraining(nn.Module):
         self.teacher: VisionTransformer | None = None
         if "dino" in self.objectives or "ibot" in self.objectives:
             self.teacher = _frozen_copy(self.student)
-        self.register_buffer("mean", torch.tensor(preprocessing.mean), persistent=False)
-        self.register_buffer("std", torch.tensor(preprocessing.std), persistent=False)
+        self._running_step = -1
         if "ibot" in self.objectives:
             self.mask_token = nn.Parameter(torch.zeros(1, 1, self.student.embed_dim))
 
@@ -76,6 +75,9 @@ class Pretraining(nn.Module):
 
     def forward(self, views: Views, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """One batch of views to the weighted sum of losses, and every part of it for the log."""
+        if step != self._running_step:  # what a skipped step summed up is not part of this one
+            self.discard()
+            self._running_step = step
         crops = self._colour(views)
         num_patches = self.student.patch_embed.num_patches
         draw = Draw(self.config.seed, step, views.sample_ids)
@@ -88,7 +90,8 @@ class Pretraining(nn.Module):
                 p for p in dict.fromkeys(sum(wanted.values(), [])) if p.network == "student" and p.crop == "global"
             ]
         distinct = list(dict.fromkeys(p for passes in wanted.values() for p in passes))
-        tokens = self._run(distinct, crops)
+        patches_read = {p for name in ("ibot", "mae") for p in wanted.get(name, [])}
+        tokens = self._run(distinct, patches_read, crops)
         total = torch.zeros((), device=draw.sample_ids.device)
         logs: dict[str, Tensor] = {}
         for name, passes in wanted.items():
@@ -108,11 +111,15 @@ class Pretraining(nn.Module):
     def _colour_crops(self, crops: Tensor, rows: Tensor) -> Tensor:
         if crops.shape[0] == 0:
             return crops
-        coloured = apply(crops.flatten(0, 1), rows.flatten(0, 1), self.mean, self.std)
+        with torch.autocast(crops.device.type, enabled=False):
+            coloured = apply(crops.flatten(0, 1), rows.flatten(0, 1), self.preprocessing.mean, self.preprocessing.std)
         return coloured.unflatten(0, crops.shape[:2])
 
-    def _run(self, passes: list[Pass], crops: dict[str, Tensor]) -> dict[Pass, Tokens]:
-        """Each pass once; passes of one encoder in one packed stream, equal shapes joined along the batch."""
+    def _run(self, passes: list[Pass], patches_read: set[Pass], crops: dict[str, Tensor]) -> dict[Pass, Tokens]:
+        """Each pass once; passes of one encoder in one packed stream, equal shapes joined along the batch.
+
+        Where only class tokens are read, the last block computes nothing else.
+        """
         tokens: dict[Pass, Tokens] = {}
         for network in ("teacher", "student"):
             groups: dict[tuple[str, str], list[Pass]] = {}
@@ -121,7 +128,10 @@ class Pretraining(nn.Module):
                     groups.setdefault((p.crop, p.masking.name), []).append(p)
             if not groups:
                 continue
-            inputs = [self._input(group, crops[group[0].crop]) for group in groups.values()]
+            inputs = [
+                self._input(group, crops[group[0].crop], cls_only=patches_read.isdisjoint(group))
+                for group in groups.values()
+            ]
             if network == "teacher":
                 assert self.teacher is not None
                 with torch.no_grad():
@@ -132,12 +142,13 @@ class Pretraining(nn.Module):
                 tokens |= dict(zip(group, split(output, len(group)), strict=True))
         return tokens
 
-    def _input(self, group: list[Pass], crops: Tensor) -> TokenInput:
+    def _input(self, group: list[Pass], crops: Tensor, cls_only: bool) -> TokenInput:
         images = torch.cat([crops[p.index] for p in group])
         masking = group[0].masking
         keep = None if masking.keep is None else torch.cat([p.masking.keep for p in group if p.masking.keep is not None])
         mask = None if masking.mask is None else torch.cat([p.masking.mask for p in group if p.masking.mask is not None])
-        return TokenInput(images, mask=mask, mask_token=self.mask_token if mask is not None else None, keep=keep)
+        mask_token = self.mask_token if mask is not None else None
+        return TokenInput(images, mask=mask, mask_token=mask_token, keep=keep, cls_only=cls_only)
 
     def before_update(self, step: int) -> None:
         """After backward, before clipping."""

@@ -42,16 +42,18 @@ def pretrain(*, config_file: str | None = None, output_dir: str | Path | None = 
     if config.data is None:
         raise InputError("no images given; add data=SPEC, for example data=/my/images")
     path = Path(output_dir or default_output_dir("pretrain", config_file, config.data))
-    with RunFolder.open(path, "pretrain", config, overwrite=config.overwrite) as folder, distributed.session():
+    with RunFolder.open(path, "pretrain", config, overwrite=config.overwrite) as folder:
         if folder.finished:
             print(f"{path}: finished already; overwrite=true starts over")
             return path
-        _run(config, folder)
+        try:
+            _run(config, folder, distributed.init(config.device))
+        finally:
+            distributed.shutdown()
     return path
 
 
-def _run(config: PretrainConfig, folder: RunFolder) -> None:
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+def _run(config: PretrainConfig, folder: RunFolder, device: torch.device) -> None:
     source = open_source(str(config.data))
     bad_files = BadFiles(folder.path / "bad_files.jsonl")
     facts = measure_facts(source, device.type, config.encoder.in_chans)
@@ -61,10 +63,10 @@ def _run(config: PretrainConfig, folder: RunFolder) -> None:
     module = build(resolved, preprocessing).to(device)
     loader = _loader(resolved, source, bad_files)
     optim = resolved.optim
-    groups = param_groups(module, optim.weight_decay, layer_decay=optim.layer_decay)
+    groups = param_groups(module, optim.weight_decay, layer_decay=optim.layer_decay, encoder_prefix="student.")
     optimizer = adamw(groups, lr=_required(optim.lr), betas=(optim.beta1, _required(optim.beta2)))
     monitor = _monitor(resolved, source, preprocessing)
-    with MetricsLog(folder.path, total_steps=_required(resolved.steps)) as metrics, StopFlag() as stop:
+    with StopFlag() as stop:
         train(
             module,
             loader,
@@ -76,14 +78,15 @@ def _run(config: PretrainConfig, folder: RunFolder) -> None:
             precision=str(resolved.precision),
             device=device,
             seed=resolved.seed,
-            checkpoints=folder.path / "checkpoints",
+            folder=folder.path,
             checkpoint_every=_required(resolved.checkpoint.every),
             keep=resolved.checkpoint.keep,
             meta={"encoder": as_dict(resolved.encoder), "preprocessing": as_dict(preprocessing)},
-            metrics=metrics,
+            metrics=MetricsLog(folder.path),
             stop=stop,
             periodic=None if monitor is None else lambda step: monitor(module.judged, step),
             periodic_every=_required(resolved.knn.every),
+            best="knn/top1",
         )
     if distributed.is_main():
         write_run_encoders(folder.path, facts={"data": config.data, "steps": resolved.steps, "config": as_dict(resolved)})

@@ -1,0 +1,71 @@
+"""The auto recipe: every number gets a value and a reason, nothing the user gave is changed, nonsense is refused."""
+
+import dataclasses
+
+import pytest
+
+from sslvit.config import PretrainConfig
+from sslvit.errors import InputError
+from sslvit.objectives.config import DinoConfig, IbotConfig, KoleoConfig, MaeConfig
+from sslvit.objectives.recipe import DataFacts, resolve
+
+FREE = {"init", "device", "num_workers", "val_data", "data", "embed_dim", "depth", "num_heads", "weight_decay_end", "train", "val"}
+
+
+def missing(node, prefix=""):
+    for field in dataclasses.fields(node):
+        value = getattr(node, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from missing(value, f"{prefix}{field.name}.")
+        elif value is None and field.name not in FREE | {"dino", "ibot", "koleo", "mae"}:
+            yield prefix + field.name
+
+
+@pytest.mark.parametrize("num_images", [3, 200, 5_000, 300_000, 2_000_000])
+@pytest.mark.parametrize("side", [28, 32, 64, 128, 500])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_everything_is_filled_with_a_reason(num_images, side, device):
+    config = PretrainConfig(data="x", dino=DinoConfig(), ibot=IbotConfig(), koleo=KoleoConfig(), mae=MaeConfig())
+    resolved, reasons = resolve(config, DataFacts(num_images, side, 3, device))
+    assert list(missing(resolved)) == []
+    assert set(missing(config)) == set(reasons)
+    assert resolved.encoder.image_size % resolved.encoder.patch_size == 0
+    assert resolved.crops.local_size % resolved.encoder.patch_size == 0
+    assert resolved.crops.local_size < resolved.encoder.image_size
+    assert 0 < resolved.optim.momentum < 1
+
+
+def test_the_users_values_stand():
+    config = PretrainConfig(data="x", steps=7, batch_size=12, mae=MaeConfig(decoder_dim=48))
+    config.optim.lr = 0.5
+    resolved, reasons = resolve(config, DataFacts(100, 64, 1, "cpu"))
+    assert (resolved.steps, resolved.batch_size, resolved.optim.lr, resolved.mae.decoder_dim) == (7, 12, 0.5, 48)
+    assert not {"steps", "batch_size", "optim.lr", "mae.decoder_dim"} & set(reasons)
+    assert config.encoder.name is None, "the config given is not changed"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "no objective"),
+        ({"koleo": KoleoConfig()}, "no objective"),
+        ({"mae": MaeConfig(), "encoder.image_size": 50, "encoder.patch_size": 16}, "take 48"),
+        ({"dino": DinoConfig(), "crops.local_size": 30, "encoder.patch_size": 8}, "crops.local_size=30"),
+        ({"dino": DinoConfig(), "crops.num_global": 1}, "two global crops"),
+        ({"mae": MaeConfig(), "koleo": KoleoConfig()}, "koleo"),
+        ({"mae": MaeConfig(), "accumulate": 3, "batch_size": 64}, "accumulate=3"),
+        ({"mae": MaeConfig(), "encoder.class_token": False, "encoder.num_registers": 4}, "num_registers=4"),
+    ],
+)
+def test_nonsense_is_refused_in_one_line(changes, words):
+    config = PretrainConfig(data="x")
+    for key, value in changes.items():
+        *sections, name = key.split(".")
+        node = config
+        for section in sections:
+            node = getattr(node, section)
+        setattr(node, name, value)
+    with pytest.raises(InputError) as caught:
+        resolve(config, DataFacts(1000, 64, 3, "cpu"))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
