@@ -54,7 +54,7 @@ OWN_FILES = (
     "report.html",
     "finished.json",
 )
-OWN_FOLDERS = ("tb", "checkpoints", "encoder", "encoder_hf", "vlm", "features", "evaluate")
+OWN_FOLDERS = ("tb", "checkpoints", "encoder", "encoder_hf", "vlm", "features", "cells", "evaluate")
 
 #: Verbs that may write into another verb's folder; they keep their own record in a subfolder of their name.
 GUESTS = ("evaluate",)
@@ -178,12 +178,10 @@ class RunFolder:
 # ---- names ----------------------------------------------------------------------------------------------------------
 
 
-def default_output_dir(verb: str, config: Any = None, config_file: str | Path | None = None) -> Path:
-    """`runs/VERB-NAME` where NAME comes from the config's name and the specs in it; the same input, the same folder."""
-    keys = {"pretrain": ("data",), "evaluate": ("encoder", "val_dataset"), "align": ("encoder", "data")}.get(verb, ())
-    stem = Path(str(config_file)).stem if config_file is not None else ""
-    parts = [stem if stem != "auto" else "", *(_slug(getattr(config, key, None) or "") for key in keys)]
-    return Path("runs") / "-".join([verb, *(part for part in parts if part)])
+def default_output_dir(verb: str, *names: str | Path | None) -> Path:
+    """`runs/VERB-NAME` where NAME is made of a config's name and specs; the same input gives the same folder."""
+    slugs = [_slug(str(name)) for name in names if name is not None]
+    return Path("runs") / "-".join([verb, *(slug for slug in slugs if slug not in ("", "auto"))])
 
 
 def _slug(spec: str) -> str:
@@ -192,7 +190,7 @@ def _slug(spec: str) -> str:
     scheme, colon, rest = body.partition(":")
     path = rest if colon and len(scheme) > 1 and rest else scheme if colon and not rest else body
     parts = [p for p in re.split(r"[\\/]+", path) if p not in ("", ".", "..", "~")]
-    stem = re.sub(r"\.(parquet|tar|jsonl|json|safetensors|pth|pt)$", "", parts[-1]) if parts else "data"
+    stem = re.sub(r"\.(ya?ml|parquet|tar|jsonl|json|safetensors|pth|pt)$", "", parts[-1]) if parts else "data"
     generic = stem in ("train", "val", "test", "checkpoint", "teacher") or re.search(
         r"[*?\[{]", parts[-1] if parts else ""
     )
