@@ -469,8 +469,8 @@ def check_config(config: PretrainConfig | AlignConfig | EvaluateConfig) -> None:
 
 
 def _as_given(config: Any, key: str) -> str:
-    flag = isinstance(config, EvaluateConfig)
-    return f"--{key.replace('_', '-')} VALUE" if flag else f"{key}=VALUE"
+    value = "E" if key == "encoder" else "SPEC, for example a folder of images"
+    return f"--{key.replace('_', '-')} {value}" if isinstance(config, EvaluateConfig) else f"{key}={value}"
 
 
 def _check_ranges(prefix: str, section: Any) -> None:

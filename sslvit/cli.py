@@ -1,0 +1,85 @@
+"""`sslvit VERB ...`: carry a command out and say in one line what went wrong. Imports no torch before a verb runs.
+
+Exit codes: 0 done, 2 the input is wrong, 75 stopped but resumable, 1 our bug (with its traceback).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import sslvit
+from sslvit.commands import VERBS, parse, verb_named
+from sslvit.errors import EXIT_DONE, EXIT_INPUT, EXIT_RESUMABLE, InputError, Resumable
+
+#: The extra of setup.cfg that brings an optional package.
+EXTRAS = {
+    "transformers": "vlm",
+    "tokenizers": "vlm",
+    "peft": "vlm",
+    "cv2": "fast",
+    "matplotlib": "report",
+    "tensorboard": "report",
+    "onnx": "onnx",
+    "onnxscript": "onnx",
+    "onnxruntime": "onnx",
+    "open_clip": "openclip",
+    "fsspec": "remote",
+}
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code."""
+    words = list(sys.argv[1:] if words is None else words)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(help_text())
+        return EXIT_DONE
+    if words[0] == "--version":
+        print(sslvit.__version__)
+        return EXIT_DONE
+    try:
+        verb_named(words[0])
+        carry_out(words)
+    except InputError as error:
+        return _stop(words[0], str(error), EXIT_INPUT)
+    except Resumable as error:
+        return _stop(words[0], str(error), EXIT_RESUMABLE)
+    except KeyboardInterrupt:
+        return _stop(words[0], "interrupted; the same command goes on from the last checkpoint", EXIT_RESUMABLE)
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        return _stop(words[0], f"{error.name} is not installed; pip install 'sslvit[{extra}]'", EXIT_INPUT)
+    return EXIT_DONE
+
+
+def carry_out(words: Sequence[str]) -> None:
+    """Check a command, then call its verb; `ask` and `doctor` answer on standard output."""
+    command = parse(words)
+    answer = getattr(sslvit, command.verb)(*command.positional, **command.arguments)
+    if isinstance(answer, str):
+        print(answer)
+
+
+def _stop(verb: str, message: str, code: int) -> int:
+    print(f"sslvit {verb}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return code
+
+
+def help_text() -> str:
+    """What `sslvit --help` prints: each verb in the order of the story."""
+    verbs = "\n".join(f"  {name:<11} {verb.summary}" for name, verb in VERBS.items())
+    return f"""sslvit: images without labels -> a vision encoder, honest numbers, open exports, a small vision-language model
+
+  sslvit VERB ...        sslvit VERB --help says more        sslvit --version
+
+{verbs}
+
+First steps:
+  sslvit demo
+  sslvit pretrain data=/my/images
+  sslvit evaluate --encoder runs/pretrain-images --train-dataset /labelled/train --val-dataset /labelled/val
+
+The same command on the same output folder resumes; once finished it returns at once; overwrite=true starts over.
+Exit codes: 0 done, 2 the input is wrong (one line says what), 75 stopped but resumable, 1 a bug of ours."""
