@@ -70,7 +70,7 @@ def _stop(verb: str, message: str, code: int) -> int:
 def help_text() -> str:
     """What `sslvit --help` prints: each verb in the order of the story."""
     verbs = "\n".join(f"  {name:<11} {verb.summary}" for name, verb in VERBS.items())
-    return f"""sslvit: images without labels -> a vision encoder, honest numbers, open exports, a small vision-language model
+    return f"""sslvit: from images without labels to a vision encoder, honest numbers, open exports and a small VLM
 
   sslvit VERB ...        sslvit VERB --help says more        sslvit --version
 

@@ -32,7 +32,7 @@ PRETRAIN_DEFAULT = "pretrain/auto"
 
 @dataclass(frozen=True)
 class Command:
-    """A checked command: `sslvit.VERB(*positional, **arguments)`. output_dir: where its files, or its job's, will be."""
+    """A checked command: `sslvit.VERB(*positional, **arguments)`. output_dir: where its or its job's files go."""
 
     verb: str
     positional: tuple[Any, ...] = ()
@@ -252,9 +252,6 @@ def _submit_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--follow", action="store_true", help="show the job's output while waiting")
     parser.add_argument("--status", metavar="OUT", help="what became of the jobs of OUT")
     parser.add_argument("--cancel", metavar="OUT", help="stop the jobs of OUT")
-    parser.add_argument(
-        "verb_args", nargs=argparse.REMAINDER, metavar="VERB ...", help="any other verb, as one writes it"
-    )
 
 
 def _submit_command(options: argparse.Namespace) -> Command:
