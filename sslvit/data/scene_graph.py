@@ -1,8 +1,8 @@
 """What is in a scene: attributes, places and boxes, drawn from (seed, split, index) alone. No pixels here.
 
-Every number comes from a counter-based generator (SplitMix64, Steele et al., OOPSLA 2014), so that the attributes of all
-scenes of a set are one vectorised computation and scene i needs no other scene. Scenes are symmetric by construction:
-shapes, colours and sizes are each uniform, whichever combinations a split holds, so that no attribute tells another.
+Every number comes from a counter-based generator (SplitMix64, Steele et al., OOPSLA 2014), so that the attributes of
+all scenes of a set are one vectorised computation and scene i needs no other scene. Scenes are symmetric by
+construction: shapes, colours and sizes are each uniform, whichever combinations a split holds.
 """
 
 from __future__ import annotations
@@ -151,7 +151,8 @@ def draw_graph(key: np.ndarray, split: str, objects: tuple[int, int], image_size
     shapes, colours, sizes = (column[0, :num].tolist() for column in (drawn.shape, drawn.colour, drawn.size))
     u = uniforms(key, PLACES, 256)[0].tolist()
     looks = [u[5 * i : 5 * i + 5] for i in range(num)]
-    radii = [_RADIUS[size] * _CROWDING[num - 1] * (0.95 + 0.1 * look[0]) for size, look in zip(sizes, looks, strict=True)]
+    crowding = _CROWDING[num - 1]
+    radii = [_RADIUS[size] * crowding * (0.95 + 0.1 * look[0]) for size, look in zip(sizes, looks, strict=True)]
     places = _place(radii, u[5 * MAX_OBJECTS :])
     found = []
     for shape, colour, size, radius, place, look in zip(shapes, colours, sizes, radii, places, looks, strict=True):
@@ -202,8 +203,10 @@ def _place(radii: list[float], u: list[float]) -> list[tuple[float, float]]:
             places, failures = {}, 0
     side = 2 if len(radii) <= 4 else 3
     cells = sorted(range(side * side), key=lambda cell: u[cell])
-    slack = [0.5 / side - MIN_GAP / 2 - radius for radius in radii]
-    return [
-        ((cell % side + 0.5) / side + room * (2 * u[9 + i] - 1), (cell // side + 0.5) / side + room * (2 * u[19 + i] - 1))
-        for i, (cell, room) in enumerate(zip(cells, slack, strict=False))
-    ]
+    grid = []
+    for i, (cell, radius) in enumerate(zip(cells, radii, strict=False)):
+        row, column = divmod(cell, side)
+        slack = 0.5 / side - MIN_GAP / 2 - radius
+        x, y = (column + 0.5) / side + slack * (2 * u[9 + i] - 1), (row + 0.5) / side + slack * (2 * u[19 + i] - 1)
+        grid.append((x, y))
+    return grid

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
-from itertools import combinations, permutations
+from itertools import combinations, pairwise, permutations
 from typing import TypeVar
 
 import numpy as np
@@ -38,6 +38,7 @@ MAX_COUNT = 3  # the largest answer to "how many red objects"
 ATTRIBUTES = ("size", "colour", "shape")
 _VALUES = {"size": SIZES, "colour": COLOUR_NAMES, "shape": SHAPES}
 _PLURALS = {"cross": "crosses"}
+_AXES = ((("left", "right"), "left or right of"), (("above", "below"), "above or below"))  # along x, along y
 _NUMBERS = ("no", "one", "two", "three", "four", "five")
 
 
@@ -55,7 +56,8 @@ class _Draws:
 
     def some_of(self, items: Sequence[T], num: int) -> list[T]:
         """At most `num` different ones, each equally likely."""
-        left, taken = list(items), []
+        left = list(items)
+        taken: list[T] = []
         while left and len(taken) < num:
             taken.append(left.pop(int(next(self._numbers) * len(left))))
         return taken
@@ -94,28 +96,58 @@ def _matches(one: SceneObject, values: dict[str, str]) -> bool:
 def captions(graph: SceneGraph) -> list[str]:
     """Phrasings of the whole scene, objects from left to right; the first is the plain list."""
     phrases = [f"a {_whole(one)}" for one in graph.objects]
-    number = len(phrases)
-    counted = f"{_NUMBERS[number]} object{'s' if number > 1 else ''}"
-    there = "is" if number == 1 else "are"
+    there = "is" if len(phrases) == 1 else "are"
+    counted = _counted(len(phrases))
     return [_listed(phrases), f"{counted}: {', '.join(phrases)}", f"there {there} {counted}, {_listed(phrases)}"]
 
 
 def caption_turns(graph: SceneGraph, prompt: str) -> list[Turn]:
-    """The plain list, and lists in other orders or with places, each with a prompt of its own."""
-    turns = [Turn(prompt, captions(graph)[0], "caption")]
+    """The plain list, and longer descriptions, each with a prompt of its own so that it has one right answer."""
+    plain, counted, _ = captions(graph)
+    turns = [(prompt, plain), ("Count and list the objects.", counted), ("Where is each object?", _placed(graph))]
     if len(graph.objects) > 1:
         downwards = sorted(graph.objects, key=lambda one: one.centre[1])
         rows = _listed([f"a {_whole(one)}" for one in downwards])
-        turns.append(Turn("Describe the image from top to bottom.", rows, "caption"))
-    places = _listed([f"a {_whole(one)} at the {_place(one, graph.image_size)}" for one in graph.objects])
-    turns.append(Turn("Describe where each object is.", places, "caption"))
-    return turns
+        turns.append(("Describe the image from top to bottom.", rows))
+    related = _related(graph)
+    if related:
+        turns.append(("How do the objects lie to each other?", related))
+    return [Turn(question, answer, "caption") for question, answer in turns]
 
 
-def _place(one: SceneObject, image_size: int) -> str:
-    x, y = (min(2, int(3 * value / image_size)) for value in one.centre)
-    row, column = ("top", "middle", "bottom")[y], ("left", "centre", "right")[x]
-    return f"{row} {column}"
+def _counted(number: int) -> str:
+    return f"{_NUMBERS[number]} object{'s' if number > 1 else ''}"
+
+
+def _placed(graph: SceneGraph) -> str:
+    """Each object with the ninth of the image its centre lies in."""
+    phrases = []
+    for one in graph.objects:
+        column, row = (min(2, int(3 * value / graph.image_size)) for value in one.centre)
+        place = f"{('top', 'middle', 'bottom')[row]} {('left', 'centre', 'right')[column]}"
+        phrases.append(f"a {_whole(one)} at the {place}")
+    return _listed(phrases)
+
+
+def _related(graph: SceneGraph) -> str:
+    """From left to right, how each object lies to the next one; "" when fewer than two can be told apart."""
+    named = [(one, name) for one in graph.objects if (name := _name(graph, one)) is not None]
+    phrases = []
+    for (one, name), (other, other_name) in pairwise(named):
+        sides = [words[apart > 0] for words, _, apart in _sides(graph, one, other)]
+        linked = " and ".join("left of" if side == "left" else side for side in sides)
+        phrases.append(f"the {name} is {linked} the {other_name}")
+    return _listed(phrases) if phrases else ""
+
+
+def _sides(graph: SceneGraph, one: SceneObject, other: SceneObject) -> list[tuple[tuple[str, str], str, float]]:
+    """The axes along which two objects are clearly apart: words for either side, the question's words, the distance."""
+    found = []
+    for axis, (words, linked) in enumerate(_AXES):
+        apart = one.centre[axis] - other.centre[axis]
+        if abs(apart) >= MARGIN * graph.image_size:
+            found.append((words, linked, apart))
+    return found
 
 
 # ---- questions
@@ -143,7 +175,7 @@ def _count(graph: SceneGraph, draws: _Draws, novel: bool, objects: tuple[int, in
         every = tuple(str(number) for number in range(low, high + 1))
         turns.append(Turn("How many objects are there?", str(len(graph.objects)), "count", every))
     choices = tuple(str(number) for number in range(min(MAX_COUNT, high) + 1))
-    for name in ATTRIBUTES:
+    for name in ATTRIBUTES if high > 1 else draws.some_of(ATTRIBUTES, 1):  # of one object, it only repeats "is there"
         counts = Counter(getattr(one, name) for one in graph.objects)
         allowed = _count_rates(name, novel, objects)
         for number in range(len(choices)):
@@ -176,7 +208,13 @@ def _attribute(graph: SceneGraph, draws: _Draws, asked: str) -> list[Turn]:
     return turns
 
 
-_SOUGHT: tuple[tuple[str, ...], ...] = (("colour",), ("shape",), ("colour", "shape"), ("size", "shape"), ("size", "colour"))
+_SOUGHT: tuple[tuple[str, ...], ...] = (
+    ("colour",),
+    ("shape",),
+    ("colour", "shape"),
+    ("size", "shape"),
+    ("size", "colour"),
+)
 
 
 def _existence(graph: SceneGraph, draws: _Draws, novel: bool) -> list[Turn]:
@@ -228,11 +266,9 @@ def _relation(graph: SceneGraph, draws: _Draws) -> list[Turn]:
     """Left or right, above or below, where the centres are clearly apart. Three at most."""
     turns = []
     for one, name, other, other_name in _named_pairs(graph, draws):
-        for axis, words, linked in ((0, ("left", "right"), "left or right of"), (1, ("above", "below"), "above or below")):
-            apart = one.centre[axis] - other.centre[axis]
-            if abs(apart) >= MARGIN * graph.image_size:
-                question = f"Is the {name} {linked} the {other_name}?"
-                turns.append(Turn(question, words[apart > 0], "relation", words))
+        for words, linked, apart in _sides(graph, one, other):
+            question = f"Is the {name} {linked} the {other_name}?"
+            turns.append(Turn(question, words[apart > 0], "relation", words))
     return draws.some_of(turns, 3)
 
 
@@ -243,9 +279,7 @@ def _comparison(graph: SceneGraph, draws: _Draws, novel: bool, objects: tuple[in
         counts = Counter(getattr(one, name) for one in graph.objects)
         allowed = _comparison_rates(name, novel, objects)
         for answer in ("more", "fewer", "same"):
-            fitting = [
-                (a, b) for a, b in permutations(_VALUES[name], 2) if _compare(counts[a], counts[b]) == answer
-            ]
+            fitting = [(a, b) for a, b in permutations(_VALUES[name], 2) if _compare(counts[a], counts[b]) == answer]
             if fitting and draws.chance() < allowed[answer]:
                 a, b = draws.one_of(fitting)
                 first, second = _plural({name: a}), _plural({name: b})
@@ -301,5 +335,3 @@ def _comparison_rates(name: str, novel: bool, objects: tuple[int, int]) -> dict[
     more, same = float((counts[:, 0] >= 2).mean()), float(equal.any(axis=1).mean())
     rates = _equalised([more, more, same])
     return dict(zip(("more", "fewer", "same"), rates, strict=True))
-
-

@@ -1,8 +1,8 @@
 """The built-in data set: images of a few simple objects, with graph, masks, captions and questions. Works offline.
 
-`scenes:?n=512&seed=0&size=64&split=train&objects=1-3&label=shape`. Scene i depends on (seed, split, objects, i) alone;
-at another `size` it is the same scene. `val` is more of `train`, `novel` holds the combinations of shape and colour that
-train and val never show.
+`scenes:?n=512&seed=0&size=64&split=train&objects=1-3&label=shape`. Scene i depends on (seed, split, objects, i)
+alone; at another `size` it is the same scene. `val` is more of `train`, `novel` holds the combinations of shape and
+colour that train and val never show.
 """
 
 from __future__ import annotations
@@ -30,12 +30,15 @@ from sslvit.data.turns import Turn
 from sslvit.errors import InputError
 
 SIZE_LIMITS = (32, 2048)
+MAX_SCENES = 10_000_000
 _DEFAULTS = {"n": "512", "seed": "0", "size": "64", "split": "train", "objects": "1-3", "label": ""}
 _CLASSES = {"shape": SHAPES, "colour": COLOUR_NAMES, "size": SIZES}
 
 
 class Scenes:
     """A data source (see sources.Source) of `n` rendered scenes."""
+
+    has_text = True
 
     def __init__(
         self,
@@ -57,7 +60,7 @@ class Scenes:
 
     @classmethod
     def from_spec(cls, rest: str) -> Scenes:
-        """From what follows `scenes:`, e.g. "?n=512&seed=0"; empty for the defaults. InputError for anything unknown."""
+        """From what follows `scenes:`, e.g. "?n=512&seed=0"; empty: the defaults. InputError for anything unknown."""
         query = rest.removeprefix("scenes:").lstrip("?")
         given = dict(parse_qsl(query, keep_blank_values=True))
         for key in given:
@@ -69,8 +72,8 @@ class Scenes:
         for name in label:
             _one_of("label", name, (*_CLASSES, "count"))
         return cls(
-            _number("n", values["n"], 1, 2**31),
-            _number("seed", values["seed"], 0, 2**63),
+            _number("n", values["n"], 1, MAX_SCENES),
+            _number("seed", values["seed"], 0, 2**63 - 1),
             _number("size", values["size"], *SIZE_LIMITS),
             _one_of("split", values["split"], SPLITS),
             _range(values["objects"]),
@@ -80,32 +83,37 @@ class Scenes:
     def __len__(self) -> int:
         return self.n
 
-    def name(self, i: int) -> str:
-        return f"{self.split}-{self.seed}-{self._at(i):07d}"
+    def name(self, index: int) -> str:
+        """Unique among all scenes."""
+        return f"{self.split}-{self.seed}-{self._at(index):07d}"
 
-    def read(self, i: int) -> np.ndarray:
+    def read(self, index: int) -> np.ndarray:
         """(H, W, 3) uint8."""
-        return draw(self.graph(i), self._key(i))
+        return draw(self.graph(index), self._key(index))
 
-    def graph(self, i: int) -> SceneGraph:
+    def graph(self, index: int) -> SceneGraph:
         """What scene i shows, without drawing it."""
-        return draw_graph(self._key(i), self.split, self.objects, self.size)
+        return draw_graph(self._key(index), self.split, self.objects, self.size)
 
-    def masks(self, i: int) -> np.ndarray:
+    def masks(self, index: int) -> np.ndarray:
         """(num_objects, H, W) bool, in the order of the graph; no two overlap."""
-        return draw_masks(self.graph(i))
+        return draw_masks(self.graph(index))
 
-    def captions(self, i: int) -> list[str]:
+    def captions(self, index: int) -> list[str]:
         """Several phrasings of the whole scene; the first is the plain list from left to right."""
-        return scene_text.captions(self.graph(i))
+        return scene_text.captions(self.graph(index))
 
-    def caption_turns(self, i: int, prompt: str) -> list[Turn]:
+    def text(self, index: int) -> dict[str, list[str]]:
+        """What a row of a captioned data set would hold."""
+        return {"captions": self.captions(index)}
+
+    def caption_turns(self, index: int, prompt: str) -> list[Turn]:
         """Captions as turns; `prompt` asks for the plain list."""
-        return scene_text.caption_turns(self.graph(i), prompt)
+        return scene_text.caption_turns(self.graph(index), prompt)
 
-    def questions(self, i: int) -> list[Turn]:
+    def questions(self, index: int) -> list[Turn]:
         """Questions of all families the scene allows; their words do not tell the answers."""
-        return scene_text.questions(self.graph(i), self._key(i), self.split, self.objects)
+        return scene_text.questions(self.graph(index), self._key(index), self.split, self.objects)
 
     @cached_property
     def labels(self) -> dict[str, np.ndarray]:
@@ -123,7 +131,8 @@ class Scenes:
 
     def _leftmost(self, name: str) -> np.ndarray:
         classes = _CLASSES[name]
-        return np.array([classes.index(getattr(self.graph(i).objects[0], name)) for i in range(self.n)], dtype=np.int64)
+        found = (getattr(self.graph(index).objects[0], name) for index in range(self.n))
+        return np.array([classes.index(value) for value in found], dtype=np.int64)
 
     @property
     def class_names(self) -> dict[str, list[str]]:
@@ -132,14 +141,14 @@ class Scenes:
         names = {**_CLASSES, "count": tuple(str(number) for number in range(low, high + 1))}
         return {name: list(names[name]) for name in self._label_names}
 
-    def _at(self, i: int) -> int:
-        if not -self.n <= i < self.n:
-            raise IndexError(f"scene {i} of {self.n}")
-        return int(i) % self.n
+    def _at(self, index: int) -> int:
+        if not 0 <= index < self.n:
+            raise IndexError(f"scene {index} of {self.n}")
+        return int(index)
 
-    def _key(self, i: int) -> np.ndarray:
-        i = self._at(i)
-        return self._keys[i : i + 1]
+    def _key(self, index: int) -> np.ndarray:
+        index = self._at(index)
+        return self._keys[index : index + 1]
 
 
 def _number(key: str, text: str, low: int, high: int) -> int:

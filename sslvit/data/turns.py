@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """`family` is what the question tests ("count", "caption", ...); `choices` all possible answers, when they are few."""
+    """`family` is what it tests ("count", "caption", ...); `choices` all possible answers, when they are few."""
 
     question: str
     answer: str
