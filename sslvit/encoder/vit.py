@@ -390,7 +390,7 @@ def _drop_path(module: nn.Module, x: Tensor, shapes: Shapes) -> Tensor:
 
 
 def forward_block(block: nn.Module, x: Tensor, rope: Tensor | None = None) -> Tensor:
-    """One block of any kind on (B, N, D), with the attention that is fastest here; what the block's own forward computes."""
+    """What `block(x)` computes on (B, N, D), for a block of any kind, with the attention that is fastest here."""
     if _is_walkable(block):
         return _block(block, x.flatten(0, 1), [(x.shape[0], x.shape[1])], "auto").view_as(x)
     return block(x) if rope is None else block(x, rope=rope)
