@@ -15,13 +15,13 @@ MIN_SEEN = 100  # fewer images say nothing about the share of bad ones
 
 
 class BadImage(ValueError):
-    """This image cannot be read; the message is the reason, in words, the same on every run."""
+    """An image that cannot be read; the message is the reason, in words, the same on every run."""
 
 
 class BadFiles:
-    """Collects bad images from any number of threads and writes each name once, one JSON line each.
+    r"""Collects bad images from any number of threads and writes each name once, one JSON line each.
 
-    Names keep bytes that are no UTF-8: they are surrogate escapes in `str` and `\\udcXX` in the file, so that
+    Names keep bytes that are no UTF-8: they are surrogate escapes in `str` and `\udcXX` in the file, so that
     `os.fsencode(json.loads(line)["name"])` is the name on disk. With `path=None` nothing is written.
     """
 
@@ -46,9 +46,10 @@ class BadFiles:
             self.num_seen += num_good
 
     def add(self, name: str, reason: str) -> None:
-        """Counts a bad image and writes it down if it is new. Raises InputError when more than `max_share` of the seen are bad.
+        """Counts a bad image and writes it down if it is new.
 
-        The share is judged from 100 images on, good ones counted by `saw`.
+        Raises InputError when more than `max_share` of the images seen so far, at least 100, are bad; `saw` counts the
+        good ones.
         """
         with self._lock:
             self.num_seen += 1

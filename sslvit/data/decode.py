@@ -4,8 +4,8 @@ It never resizes (except by JPEG's own reduced scales, when allowed) and never g
 
 - EXIF orientation is applied. Animations and multi-page files give their first frame.
 - Transparency is composited on white, unless as many channels are asked for as the file has with its alpha.
-- 16-bit values v become round(v / 257). Floats within 0..1 become 255 v, floats within 0..255 are kept; any other range,
-  and signed or 32-bit integers, are stretched from their 0.5th..99.5th percentile over the image. NaN and infinity become 0.
+- 16-bit values v become round(v / 257). Floats within 0..1 become 255 v, those within 0..255 are kept. Any other range,
+  and signed or 32-bit integers, are stretched from their 0.5th..99.5th percentile over the image. NaN, infinity are 0.
 - CMYK, YCbCr, HSV and LAB become RGB; RGB becomes grey by BT.601 luma, grey becomes RGB by repetition.
 - The size in the header is checked against `max_pixels` before anything is decoded.
 - A truncated or corrupt stream is bad; only a JPEG's missing end-of-image marker is forgiven.
@@ -27,12 +27,12 @@ __all__ = ["BadFiles", "BadImage", "decode"]
 
 MAX_PIXELS = 50_000_000
 
-# What Pillow may open: the common ones, then by name, so that formats without a signature (TGA) are tried after the others.
+# What Pillow may open: the common ones, then by name, so that formats without a signature (TGA) are tried late.
 # Left out: EPS and WMF, which call other programs, and formats without a decoder.
 _FORMATS = (
-    *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "BLP", "CUR", "DCX", "DDS", "DIB", "FITS"),
-    *("FLI", "FTEX", "GBR", "ICNS", "ICO", "IM", "IMT", "MSP", "PCD", "PCX", "PIXAR", "PSD", "QOI", "SGI", "SPIDER"),
-    *("SUN", "TGA", "XBM", "XPM", "XVTHUMB"),
+    *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "BLP", "CUR", "DCX", "DDS", "DIB"),
+    *("FITS", "FLI", "FTEX", "GBR", "ICNS", "ICO", "IM", "IMT", "MSP", "PCD", "PCX", "PIXAR", "PSD", "QOI", "SGI"),
+    *("SPIDER", "SUN", "TGA", "XBM", "XPM", "XVTHUMB"),
 )
 # Pillow decodes (some forms of) these in Python, about a microsecond a pixel: a smaller limit instead of a hang.
 _SLOW_FORMATS = frozenset({"BLP", "DDS", "FITS", "FTEX", "MSP", "QOI", "SGI", "XPM"})
@@ -74,7 +74,7 @@ def decode(
         return _decode_with_pillow(data, channels, max_pixels)
     except BadImage:
         raise
-    except Exception as error:  # Pillow lets SyntaxError, struct.error, TypeError, OverflowError ... out of broken files
+    except Exception as error:  # broken files make Pillow raise SyntaxError, struct.error, TypeError, OverflowError ...
         raise BadImage(_reason(error, data)) from error
 
 

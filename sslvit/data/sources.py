@@ -1,0 +1,146 @@
+"""Where images come from: `open_source(SPEC)` gives any collection the same few methods.
+
+Specs: `folder:PATH`, `parquet:GLOB`, `tar:GLOB`, `jsonl:FILE`, `torchvision:NAME?root=..&split=..`, `hf:NAME?split=..`,
+`scenes:?..`, or a bare path, recognised by what it holds. Nothing is decoded here (decode.py does).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from sslvit.data.files import split_options
+from sslvit.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+_FORMS = ("folder", "parquet", "tar", "jsonl", "torchvision", "hf", "scenes")
+_SHARDS = ("parquet", "tar", "jsonl")
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Images by index. Reads may come from any number of threads, and the object survives fork and pickle."""
+
+    spec: str
+    labels: dict[
+        str, np.ndarray
+    ]  # name -> (n,) int64, -1 where unknown; the only one is "label"; {} when there are none
+    class_names: dict[str, list[str]]  # of those labels that have names
+    has_text: bool
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What the image is called in reports; bytes that are no UTF-8 are surrogate escapes."""
+
+    def read(self, index: int) -> bytes | np.ndarray:
+        """The bytes of an image file, or pixels (H, W, C); not decoded. Raises BadImage with the reason."""
+
+    def text(self, index: int) -> dict[str, Any] | None:
+        """Any of `captions` (list of str), `conversations`, `question` and `answer`; None when there is no text."""
+
+
+def open_source(spec: str) -> Source:
+    """Opens a data spec. Raises InputError, with the remedy, for what is missing, empty or not recognised."""
+    form, colon, rest = spec.partition(":")
+    if not colon or form not in _FORMS:
+        return _open_bare(spec)
+    if form == "scenes":
+        from sslvit.data.scenes import Scenes
+
+        return Scenes.from_spec(rest)
+    if form == "folder":
+        from sslvit.data.folder import FolderSource
+
+        return FolderSource(split_options(rest, ())[0])
+    if form == "parquet":
+        from sslvit.data.parquet import ParquetSource
+
+        return ParquetSource(split_options(rest, ())[0])
+    if form == "tar":
+        from sslvit.data.tar import TarSource
+
+        return TarSource(split_options(rest, ())[0])
+    if form == "jsonl":
+        from sslvit.data.jsonl import JsonlSource
+
+        path, options = split_options(rest, ("root",))
+        return JsonlSource(path, options.get("root"))
+    if form == "torchvision":
+        from sslvit.data.torchvision_sets import TorchvisionSource
+
+        name, options = split_options(rest, ("root", "split"))
+        return TorchvisionSource(name, options.get("root"), options.get("split", "train"))
+    from sslvit.data.hub_sets import HubSource
+
+    name, options = split_options(rest, ("split", "config"))
+    return HubSource(name, options.get("split", "train"), options.get("config"))
+
+
+def _open_bare(spec: str) -> Source:
+    """Recognises a path by what it holds."""
+    path, options = split_options(spec, ("split",))
+    full = os.path.expanduser(path)
+    if os.path.isdir(full):
+        return open_source(_form_of_folder(full, options.get("split")))
+    for form in _SHARDS:
+        if path.endswith(f".{form}"):
+            return open_source(f"{form}:{path}")
+    if os.path.exists(full):
+        raise InputError(f"{path!r} is a file but no .parquet, .tar or .jsonl; give a folder of images or a data spec")
+    raise InputError(f"no such path: {path!r}; data is a path or a spec such as folder:PATH, tar:GLOB, scenes:?n=512")
+
+
+def _form_of_folder(path: str, split: str | None) -> str:
+    """The spec of a folder: shards when it, or one folder below it, holds more of them than images."""
+    from sslvit.data.folder import EXTENSIONS
+
+    names = sorted(os.listdir(path))
+    folders = [name for name in names if os.path.isdir(os.path.join(path, name))]
+    below = [
+        os.path.join(folder, name) for folder in folders[:20] for name in sorted(_listdir(os.path.join(path, folder)))
+    ]
+    for level in (names, below):
+        images = sum(name.rpartition(".")[2].lower() in EXTENSIONS for name in level)
+        for form in _SHARDS:
+            files = [name for name in level if name.endswith(f".{form}")]
+            if len(files) > images:
+                return f"{form}:{','.join(os.path.join(path, name) for name in _one_split(files, split, path))}"
+        if images:
+            break
+    if split is not None:
+        folder = os.path.join(path, split)
+        if not os.path.isdir(folder):
+            raise InputError(f"no split {split!r} in {path!r}")
+        return f"folder:{folder}"
+    return f"folder:{path}"
+
+
+def _listdir(path: str) -> list[str]:
+    try:
+        return os.listdir(path)
+    except OSError:
+        return []
+
+
+def _one_split(files: list[str], split: str | None, path: str) -> list[str]:
+    """The files of one split, where names as train-00000.parquet tell several apart; train unless asked otherwise."""
+    splits: dict[str, list[str]] = {}
+    for file in files:
+        match = re.match(r"(train|training|validation|valid|val|dev|test)\b", os.path.basename(file).replace("_", "-"))
+        splits.setdefault(match[1] if match else "", []).append(file)
+    if split is not None:
+        if split not in splits:
+            raise InputError(
+                f"no split {split!r} in {path!r}; it holds {', '.join(sorted(filter(None, splits))) or 'one'}"
+            )
+        return splits[split]
+    if len(splits) > 1 and "train" in splits:
+        logger.info("%s holds the splits %s: reading train", path, ", ".join(sorted(filter(None, splits))))
+        return splits["train"]
+    return files
