@@ -4,10 +4,10 @@ Brightness, contrast, saturation and hue (torchvision's `ColorJitter`, in a draw
 solarize, in the order and strengths of DINO (arXiv:2104.14294, section 3.1; BYOL, arXiv:2006.07733, appendix B).
 
 Everything up to grayscale is linear in the pixel once the image's mean is known, so it is composed into one 3x4 affine
-map per image. Two things differ from torchvision for that: values are clamped to 0..1 once, after the colour map, not
-after each operation; hue is a rotation about the grey axis, which is HSV's hue shift at multiples of a third of the circle
-and keeps the mean of the three channels in between. On CIFAR-10 at hue +-0.1 it is 4.6 grey levels from torchvision's on
-average (the shift itself moves 6.8; a YIQ rotation would be 8 away). Not here: crops and flips (`crops.py`).
+map per image. Two things differ from torchvision for that. Values are clamped to 0..1 once, after the colour map, not
+after each operation. Hue is a rotation about the grey axis: HSV's hue shift at multiples of a third of the circle, in
+between it keeps the mean of the three channels. On CIFAR-10 at hue +-0.1 it is on average 4.6 grey levels away from
+torchvision's (the shift itself moves 6.8; a YIQ rotation is 8 away). Not here: crops and flips (`crops.py`).
 """
 
 from __future__ import annotations
