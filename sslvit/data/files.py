@@ -134,9 +134,9 @@ def split_options(rest: str, allowed: Sequence[str]) -> tuple[str, dict[str, str
 
 
 def expand(pattern: str, suffixes: Sequence[str]) -> list[bytes]:
-    """The files of a comma-separated list of paths, globs and `{00..03}` ranges, sorted within each item, each once.
+    """The files of a comma-separated list of paths, globs and `{00..03}` ranges: sorted within an item, each once.
 
-    A folder stands for the files below it that end in one of the suffixes. Raises InputError for an item without a file.
+    A folder stands for the files below it with one of the suffixes. Raises InputError for an item without a file.
     """
     found: dict[bytes, None] = {}
     for item in [pattern] if os.path.lexists(pattern) else _split_commas(pattern):

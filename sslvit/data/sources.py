@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from sslvit.data.files import split_options
+from sslvit.data.records import parse_record
 from sslvit.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -26,12 +27,21 @@ _SHARDS = ("parquet", "tar", "jsonl")
 class Source(Protocol):
     """Images by index. Reads may come from any number of threads, and the object survives fork and pickle."""
 
-    spec: str
-    labels: dict[
-        str, np.ndarray
-    ]  # name -> (n,) int64, -1 where unknown; the only one is "label"; {} when there are none
-    class_names: dict[str, list[str]]  # of those labels that have names
-    has_text: bool
+    @property
+    def spec(self) -> str:
+        """The data spec that opens this source."""
+
+    @property
+    def labels(self) -> dict[str, np.ndarray]:
+        """Name -> (n,) int64, -1 where unknown; a single one is called "label"; {} when there are none."""
+
+    @property
+    def class_names(self) -> dict[str, list[str]]:
+        """Name -> the names of its classes by number, for those labels that have names."""
+
+    @property
+    def has_text(self) -> bool:
+        """Whether `text` says anything."""
 
     def __len__(self) -> int: ...
 
@@ -109,7 +119,7 @@ def _form_of_folder(path: str, split: str | None) -> str:
         images = sum(name.rpartition(".")[2].lower() in EXTENSIONS for name in level)
         for form in _SHARDS:
             files = [name for name in level if name.endswith(f".{form}")]
-            if len(files) > images:
+            if len(files) > images and (form != "jsonl" or _names_images(os.path.join(path, files[0]))):
                 return f"{form}:{','.join(os.path.join(path, name) for name in _one_split(files, split, path))}"
         if images:
             break
@@ -119,6 +129,12 @@ def _form_of_folder(path: str, split: str | None) -> str:
             raise InputError(f"no split {split!r} in {path!r}")
         return f"folder:{folder}"
     return f"folder:{path}"
+
+
+def _names_images(path: str) -> bool:
+    """Whether the first line of a jsonl file is a row with an image: such files also hold other things."""
+    with open(path, "rb") as file:
+        return isinstance((parse_record(file.readline(1 << 20)) or {}).get("image"), str)
 
 
 def _listdir(path: str) -> list[str]:

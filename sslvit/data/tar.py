@@ -1,8 +1,8 @@
 """`tar:GLOB`: WebDataset shards, read in place.
 
 `key.jpg` with `key.cls` (label), `key.txt` (caption) or `key.json` (record) is one sample. Headers are scanned once and
-the index (offset, size) is kept. Members are read by offset and never extracted, so a hostile name has nothing to write.
-Members that are no plain files, or whose name leads outside, are left out with the reason.
+the index (offset, size) is kept. Members are read by offset and never extracted, so a hostile name has nothing to
+write. Members that are no plain files, or whose name leads outside, are left out with the reason.
 """
 
 from __future__ import annotations

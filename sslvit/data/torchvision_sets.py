@@ -47,7 +47,8 @@ class TorchvisionSource:
             image = np.asarray(array[index])
             return image.transpose(1, 2, 0) if image.ndim == 3 and image.shape[0] in (1, 3) else image
         try:
-            return np.asarray(self._data[index][0])
+            image = self._data[index][0]
+            return np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
         except Exception as error:  # a decoder's
             raise BadImage(f"{type(error).__name__}: {error}") from error
 
@@ -61,18 +62,20 @@ class TorchvisionSource:
 
     def _array(self) -> Any:
         """All images in one array, where the set keeps them so (MNIST, CIFAR, SVHN, STL10)."""
-        array = getattr(self._data, "data", None)
-        return array if getattr(array, "ndim", 0) in (3, 4) and len(array) == len(self._data) else None
+        array: Any = getattr(self._data, "data", None)
+        return array if getattr(array, "ndim", 0) in (3, 4) and len(array) == len(self) else None
 
     def _read_labels(self) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
-        values: Any = None
         for field in (*_LABEL_FIELDS, *_SAMPLE_FIELDS):
             found: Any = getattr(self._data, field, None)
-            if values is None and found is not None and len(found) == len(self):
-                values = [sample[1] for sample in found] if field in _SAMPLE_FIELDS else found
-        if values is None or np.ndim(np.asarray(values)) != 1:
+            if found is not None and len(found) == len(self):
+                values = np.asarray([sample[1] for sample in found] if field in _SAMPLE_FIELDS else found)
+                break
+        else:
             return {}, {}
-        labels, names = number_labels(np.asarray(values).tolist())
+        if values.ndim != 1:
+            return {}, {}
+        labels, names = number_labels(values.tolist())
         names = names or [str(item) for item in getattr(self._data, "classes", [])]
         return {"label": labels}, {"label": names} if names else {}
 
