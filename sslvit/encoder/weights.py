@@ -145,9 +145,8 @@ def _from_name(name: str, options: dict[str, Any], spec: str) -> LoadedEncoder:
         raise InputError(f"{spec}: pretrained is true or false, seed a whole number")
     architecture = Architecture(name.split(".")[0], {"dynamic_img_size": True, **options})
     module = _pretrained(name, architecture, spec) if pretrained else architecture.build(seed)
-    preprocessing = _preprocessing_of_timm(module.pretrained_cfg, module)
-    license = module.pretrained_cfg.get("license") if pretrained else None
-    return LoadedEncoder(module, architecture, preprocessing, spec, license)
+    cfg = module.pretrained_cfg if pretrained else {}  # random weights expect nothing in particular
+    return LoadedEncoder(module, architecture, _preprocessing_of_timm(cfg, module), spec, cfg.get("license"))
 
 
 def _pretrained(name: str, architecture: Architecture, spec: str) -> Encoder:
@@ -201,7 +200,7 @@ def _from_folder(path: Path, options: dict[str, Any], spec: str) -> LoadedEncode
         if "architecture" in config:
             return _from_timm_folder(path, config, spec)
         return _from_hf_folder(path, config, options, spec)
-    for inner in ("encoder", "timm", "hf", "vlm"):
+    for inner in ("encoder", "timm", "hf", "tower", "vlm"):
         if (path / inner / "config.json").is_file():
             return _from_folder(path / inner, options, spec)
     raise InputError(f"{spec}: the folder is no encoder (neither checkpoints/ nor config.json is in it)")

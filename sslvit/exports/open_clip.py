@@ -1,0 +1,58 @@
+"""The encoder as the image tower of an open_clip model, for contrastive training or LiT (arXiv:2111.07991).
+
+`open_clip.create_model("local-dir:FOLDER", pretrained_image=True)`: our tower with its weights, a new text tower.
+open_clip passes no arguments on to timm, so the tower is named by the absolute path of the timm folder inside.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sslvit.encoder.weights import LoadedEncoder
+from sslvit.errors import InputError
+from sslvit.exports.files import write_json
+from sslvit.exports.timm_folder import write_timm_folder
+
+CONFIG = "open_clip_config.json"
+TEXT = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12}  # open_clip's defaults
+
+
+def check_open_clip(loaded: LoadedEncoder) -> None:
+    """InputError with the reason when open_clip cannot use the encoder as it is."""
+    if loaded.preprocessing.channels != 3:
+        raise InputError(
+            f"open_clip reads RGB images, and the encoder expects {loaded.preprocessing.channels} channels"
+        )
+
+
+def write_open_clip_folder(loaded: LoadedEncoder, folder: Path, place: Path) -> None:
+    """Fill `folder` (existing, empty), which will be moved to `place`."""
+    check_open_clip(loaded)
+    (folder / "tower").mkdir()
+    write_timm_folder(loaded, folder / "tower")
+    write_json(folder / CONFIG, open_clip_config(loaded, place / "tower"))
+
+
+def open_clip_config(loaded: LoadedEncoder, tower: Path) -> dict[str, Any]:
+    """Features pass through unprojected (`timm_proj: none`): class token, or mean patch without one."""
+    preprocessing = loaded.preprocessing
+    return {
+        "model_cfg": {
+            "embed_dim": loaded.module.num_features,
+            "vision_cfg": {
+                "image_size": preprocessing.image_size,
+                "timm_model_name": f"local-dir:{tower.resolve()}",
+                "timm_model_pretrained": True,
+                "timm_pool": "token" if loaded.module.cls_token is not None else "avg",
+                "timm_proj": "none",
+            },
+            "text_cfg": TEXT,
+        },
+        "preprocess_cfg": {
+            "mean": list(preprocessing.mean),
+            "std": list(preprocessing.std),
+            "interpolation": "bilinear" if preprocessing.interpolation == "bilinear" else "bicubic",
+            "resize_mode": "shortest",
+        },
+    }

@@ -1,0 +1,20 @@
+"""The encoder as one .safetensors file under timm's key names; architecture and preprocessing stand in its header."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from sslvit.encoder.weights import METADATA_KEY, LoadedEncoder
+from sslvit.exports.files import write_tensors
+
+
+def write_safetensors(loaded: LoadedEncoder, folder: Path) -> None:
+    """Write `folder/encoder.safetensors`; `load_encoder` opens it without being told anything else."""
+    facts = {
+        "architecture": asdict(loaded.architecture),
+        "preprocessing": asdict(loaded.preprocessing),
+        "license": loaded.license,
+    }
+    write_tensors(folder / "encoder.safetensors", loaded.module.state_dict(), {METADATA_KEY: json.dumps(facts)})
