@@ -94,8 +94,8 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 def scene_keys(seed: int, split: str, indices: np.ndarray) -> np.ndarray:
     """One uint64 key for each scene, (n,)."""
-    key = np.array([seed % 2**64], dtype=np.uint64)
-    key = _mix(_mix(key + _GOLDEN) + np.uint64(SPLITS.index(split)) * _GOLDEN)
+    words = np.array([seed % 2**64, SPLITS.index(split)], dtype=np.uint64)
+    key = _mix(_mix(words[:1] + _GOLDEN) + words[1:] * _GOLDEN)
     return _mix(key + (indices.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
 
 

@@ -85,7 +85,8 @@ def extents(shape: str) -> list[tuple[float, float, float, float]]:
     """(x0, y0, x1, y1) of the shape's outline for the rotations -MAX_ANGLE, ..., MAX_ANGLE degrees."""
     line = np.linspace(-1.1, 1.1, 441)
     x, y = np.meshgrid(line, line)
-    rim = np.abs(signed_distance(shape, x, y)) < 0.01
+    distance = signed_distance(shape, x, y)
+    rim = (distance <= 0) & (distance > -0.02)  # from inside: the zero line is only right there at a sharp tip
     x, y = x[rim], y[rim]
     boxes = []
     for degrees in range(-MAX_ANGLE, MAX_ANGLE + 1):
