@@ -9,23 +9,8 @@ import sys
 from collections.abc import Sequence
 
 import sslvit
-from sslvit.commands import VERBS, parse, verb_named
-from sslvit.errors import EXIT_DONE, EXIT_INPUT, EXIT_RESUMABLE, InputError, Resumable
-
-#: The extra of setup.cfg that brings an optional package.
-EXTRAS = {
-    "transformers": "vlm",
-    "tokenizers": "vlm",
-    "peft": "vlm",
-    "cv2": "fast",
-    "matplotlib": "report",
-    "tensorboard": "report",
-    "onnx": "onnx",
-    "onnxscript": "onnx",
-    "onnxruntime": "onnx",
-    "open_clip": "openclip",
-    "fsspec": "remote",
-}
+from sslvit.commands import VERBS, explain, parse, verb_named
+from sslvit.errors import EXIT_DONE
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -40,17 +25,13 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         verb_named(words[0])
         carry_out(words)
-    except InputError as error:
-        return _stop(words[0], str(error), EXIT_INPUT)
-    except Resumable as error:
-        return _stop(words[0], str(error), EXIT_RESUMABLE)
-    except KeyboardInterrupt:
-        return _stop(words[0], "interrupted; the same command goes on from the last checkpoint", EXIT_RESUMABLE)
-    except ModuleNotFoundError as error:
-        extra = EXTRAS.get((error.name or "").partition(".")[0])
-        if extra is None:
+    except (Exception, KeyboardInterrupt) as error:
+        ending = explain(error)
+        if ending is None:
             raise
-        return _stop(words[0], f"{error.name} is not installed; pip install 'sslvit[{extra}]'", EXIT_INPUT)
+        code, message = ending
+        print(f"sslvit {words[0]}: {message}", file=sys.stderr, flush=True)
+        return code
     return EXIT_DONE
 
 
@@ -60,11 +41,6 @@ def carry_out(words: Sequence[str]) -> None:
     answer = getattr(sslvit, command.verb)(*command.positional, **command.arguments)
     if isinstance(answer, str):
         print(answer)
-
-
-def _stop(verb: str, message: str, code: int) -> int:
-    print(f"sslvit {verb}: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    return code
 
 
 def help_text() -> str:

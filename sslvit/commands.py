@@ -22,12 +22,27 @@ from sslvit.config import (
     load_config,
     parse_overrides,
 )
-from sslvit.errors import InputError
+from sslvit.errors import EXIT_INPUT, EXIT_RESUMABLE, InputError, Resumable
 from sslvit.run_folder import default_output_dir
 
 EXPORT_FORMATS = ("timm", "hf", "siglip", "open_clip", "onnx", "safetensors")
 EMBED_KEYS = ("batch_size", "device", "precision", "num_workers")
 PRETRAIN_DEFAULT = "pretrain/auto"
+
+#: The extra of setup.cfg that brings an optional package.
+EXTRAS = {
+    "transformers": "vlm",
+    "tokenizers": "vlm",
+    "peft": "vlm",
+    "cv2": "fast",
+    "matplotlib": "report",
+    "tensorboard": "report",
+    "onnx": "onnx",
+    "onnxscript": "onnx",
+    "onnxruntime": "onnx",
+    "open_clip": "openclip",
+    "fsspec": "remote",
+}
 
 
 @dataclass(frozen=True)
@@ -74,6 +89,19 @@ def parse(words: Sequence[str]) -> Command:
             f"unknown option {unknown[0]}{f'; nearest: {close[0]}' if close else f'; see {parser.prog} --help'}"
         )
     return VERBS[name].command(options)
+
+
+def explain(error: BaseException) -> tuple[int, str] | None:
+    """The exit code and the one line for an ending that is no bug of ours; None for everything else."""
+    if isinstance(error, InputError):
+        return EXIT_INPUT, " ".join(str(error).split())
+    if isinstance(error, Resumable):
+        return EXIT_RESUMABLE, " ".join(str(error).split())
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_RESUMABLE, "interrupted; the same command goes on from the last checkpoint"
+    if isinstance(error, ModuleNotFoundError) and (extra := EXTRAS.get((error.name or "").partition(".")[0])):
+        return EXIT_INPUT, f"{error.name} is not installed; pip install 'sslvit[{extra}]'"
+    return None
 
 
 def _split_at_verb(parser: argparse.ArgumentParser, words: Sequence[str]) -> tuple[list[str], list[str]]:

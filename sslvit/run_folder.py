@@ -371,7 +371,7 @@ def _me() -> dict[str, Any]:
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "boot": _boot_id(),
-        "started": _start_of(os.getpid()),
+        "started": process_start(os.getpid()),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
     }
 
@@ -381,7 +381,7 @@ def _is_alive(holder: Mapping[str, Any]) -> bool:
     if not holder.get("pid"):
         return False
     if holder.get("boot") == _boot_id():
-        return _start_of(holder["pid"]) == holder.get("started")
+        return process_start(holder["pid"]) == holder.get("started")
     same_host = holder.get("host") == socket.gethostname()
     same_job = holder.get("slurm_job") is not None and holder["slurm_job"] == os.environ.get("SLURM_JOB_ID")
     return not (same_host or same_job)
@@ -401,7 +401,7 @@ def _boot_id() -> str:
         return socket.gethostname()
 
 
-def _start_of(pid: int) -> int | None:
+def process_start(pid: int) -> int | None:
     """When a process started, in clock ticks after boot; None when there is no such process, 0 when unknowable."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
