@@ -10,7 +10,7 @@ processes, and decoded images are shared. Colour happens on the training device 
 
 from __future__ import annotations
 
-import contextlib
+import atexit
 import dataclasses
 import os
 import queue
@@ -79,7 +79,8 @@ def permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
 
 def default_workers() -> int:
     """Loading threads when nothing else is asked for: the cores this process may use less one, from 1 to 16."""
-    return max(1, min(16, len(os.sched_getaffinity(0)) - 1))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(16, cores - 1))
 
 
 class DecodedImages:
@@ -149,7 +150,7 @@ class Loader:
         self._num_workers = default_workers() if num_workers is None else num_workers
         self._bad_files = BadFiles() if bad_files is None else bad_files
         self._pin_memory = pin_memory
-        self._images = DecodedImages(source, channels, geometry.min_side(crops, global_size), cache_bytes)
+        self._images = DecodedImages(source, channels, geometry.min_side(crops, global_size), cache_bytes // world)
         self.cursor = 0
 
     def seek(self, cursor: int) -> None:
@@ -166,7 +167,7 @@ class Loader:
 
     def __iter__(self) -> Iterator[tuple[Views, int]]:
         stride = self._batch_size * self._world
-        with Workers(self._num_workers) as workers:
+        with Workers(self._num_workers, self._source.name) as workers:
             pending: deque[tuple[_Batch, list[_Job], int]] = deque()
             head = self.cursor
             while True:
@@ -203,7 +204,7 @@ class Loader:
         )
         return _Batch(views, ids)
 
-    def _fill(self, batch: _Batch, part: slice, report: Callable[[str], None]) -> None:
+    def _fill(self, batch: _Batch, part: slice, report: Callable[[int], None]) -> None:
         """Decode and cut the images of some columns of a batch; what a worker does."""
         views, ids = batch.views, batch.ids[part]
         images = []
@@ -221,12 +222,12 @@ class Loader:
             for i, image in enumerate(images):
                 geometry.cut_views(image, plan.boxes[i], plan.flips[i], list(crops[:, part.start + i]))
 
-    def _read(self, sample: int, epoch: int, report: Callable[[str], None]) -> tuple[np.ndarray, int]:
+    def _read(self, sample: int, epoch: int, report: Callable[[int], None]) -> tuple[np.ndarray, int]:
         """The image and its id, or that of the first readable replacement."""
         n = len(self._source)
         shown = sample
         for attempt in range(100):
-            report(self._source.name(shown))
+            report(shown)
             try:
                 image = self._images[shown]
             except (BadImage, OSError) as error:
@@ -251,53 +252,54 @@ class _Job:
     work: Callable[..., Any]
     arguments: tuple[Any, ...]
     done: threading.Event
-    item: str = ""  # what is being read just now
+    at: int | None = None  # the image being read just now
     error: BaseException | None = None
     result: Any = None
 
-    def run(self) -> None:
-        try:
-            self.result = self.work(*self.arguments, self._report)
-        except BaseException as error:  # handed to the waiting thread
-            self.error = error
-        self.done.set()
 
-    def _report(self, item: str) -> None:
-        self.item = item
+class _Stopped(Exception):
+    """Nobody waits for this job any more."""
 
 
 class Workers:
     """A few daemon threads that run jobs in order of submission; with none, the waiting thread runs them itself.
 
-    A job that fails raises where it is waited for, naming the image it was at; a job that makes no progress for five
+    A job that fails raises where it is waited for, naming the image it was at. A job that stays at one image for five
     minutes (a dead network disk) raises Resumable there, and being daemons the threads cannot keep the process alive.
     """
 
-    def __init__(self, num_threads: int) -> None:
+    def __init__(self, num_threads: int, name: Callable[[int], str]) -> None:
+        self._name = name
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._stopping = False
         self._threads = [threading.Thread(target=self._serve, daemon=True, name="loader") for _ in range(num_threads)]
+        self._ready = threading.Barrier(num_threads + 1)
 
     def __enter__(self) -> Workers:
         torch_threads = torch.get_num_threads()
-        self._ready = threading.Barrier(len(self._threads) + 1)
         for thread in self._threads:
             thread.start()
         self._ready.wait()
         if self._threads:
-            torch.set_num_threads(torch_threads)  # the threads' setting is also what later threads would inherit
+            torch.set_num_threads(torch_threads)  # what a thread sets for itself is also what later ones would inherit
+        atexit.register(self.close)  # a thread inside native code while the interpreter goes away would abort it
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        while not self._jobs.empty():  # nobody will wait for these
-            with contextlib.suppress(queue.Empty):
-                self._jobs.get_nowait()
-        for _ in range(len(self._threads)):
+        atexit.unregister(self.close)
+        self.close()
+
+    def close(self) -> None:
+        """Drop the queued jobs and let the threads go; one that hangs is left behind after a few seconds."""
+        self._stopping = True
+        for _ in self._threads:
             self._jobs.put(None)
+        deadline = time.monotonic() + 5
         for thread in self._threads:
-            thread.join(timeout=5)
+            thread.join(timeout=max(0.0, deadline - time.monotonic()))
 
     def submit(self, work: Callable[..., Any], *arguments: Any) -> _Job:
-        """Queue work(*arguments, report); it calls report(name) as it starts on an image."""
+        """Queue work(*arguments, report); it calls report(index) as it starts on an image."""
         job = _Job(work, arguments, threading.Event())
         if self._threads:
             self._jobs.put(job)
@@ -306,26 +308,39 @@ class Workers:
     def wait(self, job: _Job) -> Any:
         """The job's result, once it is done."""
         if not self._threads:
-            job.run()
-        item, since = job.item, time.monotonic()
+            self._run(job)
+        at, since = job.at, time.monotonic()
         while not job.done.wait(timeout=min(1.0, _HANG_SECONDS)):
-            if job.item != item:
-                item, since = job.item, time.monotonic()
-            elif item and time.monotonic() - since > _HANG_SECONDS:
-                raise Resumable(
-                    f"reading {item} has hung for {_HANG_SECONDS:.0f} s; see to its disk and run the same command"
-                )
+            if job.at != at:
+                at, since = job.at, time.monotonic()
+            elif at is not None and time.monotonic() - since > _HANG_SECONDS:
+                problem = f"reading {self._name(at)} has hung for {_HANG_SECONDS:.0f} s"
+                raise Resumable(f"{problem}; see to its disk and run the same command again")
         if isinstance(job.error, InputError):
             raise job.error
         if job.error is not None:
-            raise RuntimeError(f"while reading {job.item}: {job.error!r}") from job.error
+            where = "before the first image" if job.at is None else f"at {self._name(job.at)}"
+            raise RuntimeError(f"loading failed {where}: {job.error!r}") from job.error
         return job.result
 
     def _serve(self) -> None:
         torch.set_num_threads(1)  # of this thread: the cores are shared out among the threads already
         self._ready.wait()
         while (job := self._jobs.get()) is not None:
-            job.run()
+            self._run(job)
+
+    def _run(self, job: _Job) -> None:
+        def report(index: int) -> None:
+            if self._stopping:
+                raise _Stopped
+            job.at = index
+
+        try:
+            if not self._stopping:
+                job.result = job.work(*job.arguments, report)
+        except BaseException as error:  # raised again where the job is waited for
+            job.error = error
+        job.done.set()
 
 
 def clean_batches(
@@ -344,10 +359,10 @@ def clean_batches(
     shorter = int(preprocessing.image_size / preprocessing.crop_pct)
     images = DecodedImages(source, preprocessing.channels, shorter, cache_bytes=0)
 
-    def fill(ids: np.ndarray, report: Callable[[str], None]) -> tuple[list[torch.Tensor], list[int]]:
+    def fill(ids: np.ndarray, report: Callable[[int], None]) -> tuple[list[torch.Tensor], list[int]]:
         made, kept = [], []
         for index in ids.tolist():
-            report(source.name(index))
+            report(index)
             try:
                 made.append(geometry.eval_transform(images[index], preprocessing))
                 kept.append(index)
@@ -357,7 +372,7 @@ def clean_batches(
         return made, kept
 
     threads = default_workers() if num_workers is None else num_workers
-    with Workers(threads) as workers:
+    with Workers(threads, source.name) as workers:
         starts = iter(range(0, len(order), batch_size))
         pending: deque[_Job] = deque()
         while True:
@@ -382,9 +397,11 @@ def measure_statistics(source: Source, channels: int, n: int = 1000) -> tuple[tu
     moments = []
     for index in chosen.tolist():
         try:
-            pixels = images[index].reshape(-1, channels) / 255.0
+            image = images[index]
         except (BadImage, OSError):
             continue
+        stride = max(1, min(image.shape[:2]) // 256)
+        pixels = image[::stride, ::stride].reshape(-1, channels) / 255.0
         moments.append((pixels.mean(0), (pixels**2).mean(0)))
     if not moments:
         raise InputError(f"{source.spec}: none of {len(places)} images could be read; `sslvit check-data` says why")
