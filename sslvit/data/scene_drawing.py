@@ -17,6 +17,7 @@ from sslvit.data.scene_shapes import signed_distance
 _KNOTS = 6  # of the smooth noise, along each side
 _SMOOTH = 16  # where its numbers begin among those of a texture
 _NOISE_OFFSETS = 1 << 16
+_GROUND = (36, 205)  # darkest and brightest background: black and white objects stay visible
 
 
 @lru_cache(maxsize=8)
@@ -71,10 +72,13 @@ def _pattern(size: int, u: np.ndarray) -> np.ndarray:
 
 
 def _background(size: int, u: np.ndarray) -> np.ndarray:
-    """(size, size, 3) float32 in 0..255, of middling brightness and little colour, so that every object stands out."""
-    base = 255 * (0.36 + 0.22 * u[8] + 0.10 * (u[9:12] - 0.5))
-    swing = 255 * (0.05 + 0.08 * u[12]) * (1 + 0.7 * (u[13:16] - 0.5))
-    return _pattern(size, u)[:, :, None] * swing.astype(np.float32) + base.astype(np.float32)
+    """(size, size, 3) float32 in 0..255. Little colour and never quite dark or bright, so that every object stands out,
+    but its brightness differs more from image to image than an object changes it: raw pixels say little.
+    """
+    base = 255 * (0.29 + 0.38 * u[8] + 0.14 * (u[9:12] - 0.5))
+    swing = 255 * (0.05 + 0.11 * u[12]) * (1 + 0.7 * (u[13:16] - 0.5))
+    ground = _pattern(size, u)[:, :, None] * swing.astype(np.float32) + base.astype(np.float32)
+    return np.clip(ground, *_GROUND, out=ground)
 
 
 def _window(one: SceneObject, size: int) -> tuple[slice, slice]:
