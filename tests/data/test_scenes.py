@@ -2,6 +2,7 @@
 
 import math
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from sslvit.data.scene_graph import (
 from sslvit.data.scene_shapes import MAX_ANGLE, SHAPES, extents, signed_distance
 from sslvit.data.scene_text import FAMILIES
 from sslvit.data.scenes import Scenes
+from sslvit.data.sources import Source
 from sslvit.errors import InputError
 
 # ---- randomness and attributes
@@ -309,6 +311,13 @@ def test_wrong_specs_are_one_clear_line(spec, words):
     with pytest.raises(InputError) as raised:
         Scenes.from_spec(spec)
     assert words in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_scenes_are_a_source_and_survive_pickling():
+    scenes = Scenes(n=4, objects=(2, 2), split="val")
+    assert isinstance(scenes, Source)
+    again = pickle.loads(pickle.dumps(scenes))
+    assert (again.read(3) == scenes.read(3)).all() and again.spec == scenes.spec
 
 
 def test_index_out_of_range():
