@@ -188,19 +188,13 @@ def _pixels(image: Image.Image, channels: int | None) -> np.ndarray:
         image = image.convert("RGBA")
         if channels == own:
             return np.asarray(image.convert("LA") if grey else image)
-        pixels = _composite_on_white(np.asarray(image))
-        return pixels[:, :, :1] if grey else pixels
+        white = Image.new("RGBA", image.size, "white")
+        pixels = np.asarray(Image.alpha_composite(white, image))
+        return pixels[:, :, :1] if grey else pixels[:, :, :3]
     if mode not in ("L", "RGB"):
         image = image.convert("L" if mode == "1" else "RGB")
     pixels = np.asarray(image)
     return pixels if pixels.ndim == 3 else pixels[:, :, None]
-
-
-def _composite_on_white(pixels: np.ndarray) -> np.ndarray:
-    """(H, W, 4) uint8 to (H, W, 3): round(alpha c + (1 - alpha) 255)."""
-    alpha = pixels[:, :, 3:].astype(np.uint16)
-    blended = pixels[:, :, :3] * alpha + (255 - alpha) * np.uint16(255)
-    return ((blended.astype(np.uint32) + 127) // 255).astype(np.uint8)
 
 
 def _array_to_uint8(array: np.ndarray, max_pixels: int | None = None) -> np.ndarray:
@@ -240,8 +234,9 @@ def _fit_channels(image: np.ndarray, channels: int | None) -> np.ndarray:
     if channels == 3 and own == 1:
         image = np.repeat(image, 3, axis=2)
     elif channels == 1 and own == 3:
-        weighted = image.astype(np.uint32) @ np.array([19595, 38470, 7471], np.uint32)  # BT.601 luma x 65536
-        image = ((weighted + 32768) >> 16).astype(np.uint8)[:, :, None]
+        red, green, blue = (image[:, :, index].astype(np.uint32) for index in range(3))
+        luma = (19595 * red + 38470 * green + 7471 * blue + 32768) >> 16  # BT.601
+        image = luma.astype(np.uint8)[:, :, None]
     elif channels is not None and channels != own:
         raise BadImage(f"{own} channels where {channels} are expected")
     return np.ascontiguousarray(image)
