@@ -157,7 +157,7 @@ def _rendezvous(environment: Mapping[str, str]) -> dict[str, str] | None:
 
 def _first_host(nodes: str) -> str:
     """The first name in a Slurm host list: `gpu[03-05,9],login` -> `gpu03`, `a,b` -> `a`."""
-    match = re.match(r"([^,\[]+)(?:\[(\w+)[^\]]*\](\w*))?", nodes)
+    match = re.match(r"([^,\[]+)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodes)
     assert match, nodes
     head, number, tail = match.groups()
     return head + (number or "") + (tail or "")

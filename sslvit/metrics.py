@@ -48,8 +48,8 @@ class MetricsLog:
         self.steps, self.stage = steps, stage
         self.device = device or torch.device("cpu")
         self.log_every = self._wanted_every or max(1, min(100, steps // 100))
-        self._sums: dict[str, Tensor] = {}
-        self._count = 0
+        self._sums: dict[str, Tensor] = {}  # tensors stay on their device, numbers become float64 on the CPU
+        self._counts: dict[str, int] = {}
         self._begun_at, self._begun_step = time.monotonic(), resumed or 0
         self._window = _Window(self._begun_at)
         self._said_at = -math.inf
@@ -64,12 +64,11 @@ class MetricsLog:
             _cut(self.folder / "metrics.jsonl", self.stage, step)
 
     def add(self, values: Mapping[str, Tensor | float]) -> None:
-        """Takes one step's values into the averages of the next line."""
+        """Takes one step's values (0-d tensors or numbers) into the averages of the next line."""
         for name, value in values.items():
-            total = self._sums.get(name)
-            term = torch.as_tensor(value, dtype=torch.float32, device=self.device).detach()
-            self._sums[name] = term if total is None else total + term
-        self._count += 1
+            term = value.detach().float() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+            self._sums[name] = self._sums[name] + term if name in self._sums else term
+            self._counts[name] = self._counts.get(name, 0) + 1
 
     def tick(self, step: int, images: int, waited: float) -> None:
         """Counts one step: its images over all processes, and the seconds it waited for data."""
@@ -117,15 +116,20 @@ class MetricsLog:
         self._append("train.log", text + "\n")
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint needs so that the next line is the same after a resume."""
-        return {**{f"sum/{name}": total for name, total in self._sums.items()}, "count": torch.tensor(self._count)}
+        """What a checkpoint needs so that the next line is the same after a resume. A collective call."""
+        counts = {f"count/{name}": torch.tensor(count) for name, count in self._counts.items()}
+        means = {f"sum/{name}": all_reduce_sum_(total.clone()) / world_size() for name, total in self._sums.items()}
+        return {**means, **counts}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """The reverse of `state`."""
-        self._count = int(state["count"])
-        self._sums = {
-            name.removeprefix("sum/"): total.to(self.device) for name, total in state.items() if name != "count"
-        }
+        self._sums, self._counts = {}, {}
+        for key, value in state.items():
+            kind, _, name = key.partition("/")
+            if kind == "count":
+                self._counts[name] = int(value)
+            else:
+                self._sums[name] = value.clone() if value.dtype == torch.float64 else value.to(self.device, copy=True)
 
     def sync(self) -> None:
         """Makes the lines durable; called before a checkpoint that says they exist."""
@@ -147,13 +151,18 @@ class MetricsLog:
             self._board = None
 
     def _take_averages(self) -> dict[str, float]:
-        if not self._sums:
-            return {}
-        sums = torch.stack([self._sums[name].float() for name in self._sums])
-        averages: list[float] = (all_reduce_sum_(sums) / (self._count * world_size())).tolist()
-        names = list(self._sums)
-        self._sums, self._count = {}, 0
-        return dict(zip(names, averages, strict=True))
+        """Over steps and processes, in the order the values came; the only place where they are read."""
+        averages = dict.fromkeys(self._sums, 0.0)
+        for dtype in (torch.float32, torch.float64):
+            names = [name for name, total in self._sums.items() if total.dtype == dtype]
+            if names:
+                sums = all_reduce_sum_(torch.stack([self._sums[name] for name in names]))
+                averages |= {
+                    name: total / (self._counts[name] * world_size())
+                    for name, total in zip(names, sums.tolist(), strict=True)
+                }
+        self._sums, self._counts = {}, {}
+        return averages
 
     def _timing(self, step: int) -> dict[str, float]:
         now = time.monotonic()
@@ -192,7 +201,7 @@ class MetricsLog:
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=self.steps, initial=resumed, desc=self.stage or "pretrain", unit="step")
+            self._bar = tqdm(total=self.steps, initial=resumed, desc=self.stage or "train", unit="step")
 
     def _open_board(self, resumed: int) -> None:
         if importlib.util.find_spec("tensorboard") is None:

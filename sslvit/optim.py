@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["adamw", "apply_schedule", "clip_grad_norm_", "ema_", "param_groups"]
+__all__ = ["adamw", "apply_schedule", "clip_grad_norm_", "ema_", "param_groups", "step_unless"]
 
 TOKENS = frozenset({"cls_token", "dist_token", "reg_token", "mask_token", "pos_embed"})  # never decayed
 
@@ -56,6 +56,15 @@ def apply_schedule(optimizer: torch.optim.Optimizer, values: Mapping[str, float]
         group["lr"] = values["lr"] * group.get("lr_scale", 1.0)
         if "weight_decay" in values:
             group["weight_decay"] = values["weight_decay"] * group.get("wd_scale", 1.0)
+
+
+def step_unless(optimizer: torch.optim.AdamW, bad: Tensor) -> None:
+    """optimizer.step(), left out where `bad` () is 1: weights, moments and step counts stay as they are, bit for bit.
+
+    The fused kernel reads `bad` on its own device (the path of torch's GradScaler), so the host need not wait first.
+    """
+    optimizer.found_inf = bad  # type: ignore[attr-defined]
+    optimizer.step()
 
 
 @torch.no_grad()

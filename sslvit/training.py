@@ -35,7 +35,7 @@ from sslvit.checkpoint import (
 )
 from sslvit.errors import Resumable
 from sslvit.metrics import MetricsLog
-from sslvit.optim import apply_schedule, clip_grad_norm_
+from sslvit.optim import apply_schedule, clip_grad_norm_, step_unless
 from sslvit.signals import StopFlag
 
 __all__ = ["Batches", "Progress", "Trainable", "step_seed", "train"]
@@ -49,7 +49,8 @@ class Trainable(Protocol):
 
     forward(batch, step) returns the loss () and values to log; it is called once per micro-batch, with the same step.
     before_update(step) may still change gradients (e.g. set one to None to hold a layer); called once per step.
-    after_step(step) follows every update that was applied (moving averages, centres): never after a skipped step.
+    after_step(step) follows every update that was applied (moving averages, centres): never after a skipped step, so
+    what a forward collects for it must be dropped when a forward of another step begins.
     """
 
     def forward(self, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor | float]]: ...  # noqa: D102
@@ -81,7 +82,7 @@ def train(
     module: nn.Module,
     batches: Batches,
     *,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.AdamW,
     schedule: Callable[[int], Mapping[str, float]],
     steps: int,
     accumulate: int = 1,
@@ -142,8 +143,8 @@ def train(
             module.before_update(step)  # type: ignore[operator]
             norm = clip_grad_norm_(module.parameters(), clip_norm)
             progress.step += 1
-            if _finite_everywhere(norm, [entry["loss"] for entry in logs]):
-                optimizer.step()
+            step_unless(optimizer, bad := _not_finite(norm, logs))
+            if not bad:  # the one look at a device value in a step, taken while the update still runs
                 module.after_step(step)  # type: ignore[operator]
                 progress.bad_in_a_row = 0
                 metrics.add({**_mean(logs), "grad_norm": norm})
@@ -180,7 +181,7 @@ class _Saver:
         self,
         root: Path,
         module: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.AdamW,
         metrics: MetricsLog,
         meta: dict[str, Any],
         keep: int,
@@ -210,6 +211,7 @@ class _Saver:
         if self.saved_step == progress.step:
             return
         self.saved_step = progress.step
+        averages = self.metrics.state()
         if not distributed.is_main():
             return
         if self.saving is not None:
@@ -218,7 +220,7 @@ class _Saver:
         tensors = {
             "model": self.module.state_dict(),
             "optimizer": optimizer_tensors(self.optimizer),
-            "metrics": self.metrics.state(),
+            "metrics": averages,
         }
         meta = {**self.meta, "cursor": progress.cursor, "progress": asdict(progress)}
         self.saving = save_checkpoint(self.root, progress.step, tensors, meta, keep=self.keep, best=progress.best_step)
@@ -316,17 +318,16 @@ def _no_sync(model: nn.Module, wanted: bool) -> contextlib.AbstractContextManage
     return contextlib.nullcontext()
 
 
-def _finite_everywhere(norm: Tensor, losses: list[Tensor]) -> bool:
-    """Whether the gradient norm and every loss of this step are finite, on every process."""
-    values = torch.stack([norm.float(), *(loss.float() for loss in losses)])
-    bad = (~torch.isfinite(values)).any().float()
-    return not bool(distributed.all_reduce_max_(bad))
+def _not_finite(norm: Tensor, logs: list[dict[str, Any]]) -> Tensor:
+    """1. if the gradient norm or a loss of this step is not finite on any process, else 0.; still on the device."""
+    values = torch.stack([norm.float(), *(entry["loss"].float() for entry in logs)])
+    return distributed.all_reduce_max_((~torch.isfinite(values)).any().float())
 
 
 def _mean(logs: list[dict[str, Tensor | float]]) -> dict[str, Tensor | float]:
     if len(logs) == 1:
         return logs[0]
-    return {name: sum(torch.as_tensor(entry[name]).detach() for entry in logs) / len(logs) for name in logs[0]}
+    return {name: sum(entry[name] for entry in logs) / len(logs) for name in logs[0]}
 
 
 def _evaluate(
