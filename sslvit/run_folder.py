@@ -53,8 +53,10 @@ OWN_FILES = (
     "results.json",
     "report.html",
     "finished.json",
+    "predictions.jsonl",
+    "does_it_see.txt",
 )
-OWN_FOLDERS = ("tb", "checkpoints", "encoder", "encoder_hf", "vlm", "features", "cells", "evaluate")
+OWN_FOLDERS = ("tb", "checkpoints", "encoder", "encoder_hf", "vlm", "features", "cells", "evaluate", "stages", "controls")
 
 #: Verbs that may write into another verb's folder; they keep their own record in a subfolder of their name.
 GUESTS = ("evaluate",)

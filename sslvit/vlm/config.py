@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass
 class StageConfig:
-    """One stage of alignment. Learning rates are peaks of a cosine with warm-up; 0 freezes that part. `None` is auto."""
+    """One stage of alignment. Rates are peaks of a cosine with warm-up; 0 freezes that part. `None` is auto."""
 
     steps: int | None = None
     batch_size: int | None = None  # images

@@ -1,0 +1,249 @@
+"""`sslvit align`: an encoder and images with text become a vision-language model, and a table says whether it sees.
+
+Reads top to bottom: open pairs and encoder, train the language model on their words (text), then the connector
+(connector), then both on questions and captions (instruct); write the Hugging Face folder; put the validation questions
+to the model, to a blind one, to the model over wrong images, and to the same recipe over a random encoder.
+LLaVA-1.5, arXiv:2310.03744. Parts and stages are in `sslvit/vlm/`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sslvit import distributed
+from sslvit.config import AlignConfig, load_config
+from sslvit.data.decode import BadFiles
+from sslvit.data.pairs import Pairs, open_pairs, split_by_image, text_corpus
+from sslvit.encoder.weights import LoadedEncoder, load_encoder, random_like
+from sslvit.errors import InputError
+from sslvit.exports.hf_folder import hf_state
+from sslvit.exports.llava_folder import Writing, write_llava_folder
+from sslvit.metrics import MetricsLog
+from sslvit.run_folder import RunFolder, default_output_dir, write_atomically
+from sslvit.signals import StopFlag
+from sslvit.vlm.batches import PairImages
+from sslvit.vlm.chat import Chat
+from sslvit.vlm.connectors import MlpConnector
+from sslvit.vlm.folder import compare_with_folder
+from sslvit.vlm.language import (
+    Language,
+    bundled_language,
+    given_language,
+    kept_tokenizer,
+    language_tensors,
+    merged,
+)
+from sslvit.vlm.model import VisionLanguage
+from sslvit.vlm.recipe import resolve
+from sslvit.vlm.sees import (
+    Answers,
+    Exam,
+    alarms,
+    gain_row,
+    others_images,
+    prediction_lines,
+    rows_of,
+    set_exam,
+    sit,
+    table,
+)
+from sslvit.vlm.stages import Runtime, run_stage
+
+CORPUS = 50_000  # texts the tokenizer is trained on
+CONTROL_SEED = 1000  # added to the seed for the random encoder
+
+
+def align(*, config_file: str | Path | None = None, output_dir: str | Path | None = None, **keys: Any) -> Path:
+    """Train a vision-language model over an encoder; returns the run folder, whose `vlm/` transformers opens.
+
+    Keys as on the command line, sections as dicts. Raises InputError for anything wrong with the input, Resumable when
+    stopped by a signal or a full disk.
+    """
+    if isinstance(keys.get("controls"), str):
+        keys["controls"] = [name.strip() for name in keys["controls"].split(",") if name.strip()]
+    config = load_config(AlignConfig, config_file, keys)
+    for key, example in (("encoder", "runs/pretrain-NAME"), ("data", "scenes:")):
+        if getattr(config, key) is None:
+            raise InputError(f"{key} is not given; add {key}=..., for example {key}={example}")
+    path = Path(output_dir or default_output_dir("align", config_file, config.encoder, config.data))
+    device = distributed.init(config.device)
+    try:
+        with RunFolder.open(path, "align", config, overwrite=config.overwrite) as folder:
+            if folder.finished:
+                print(f"{path}: finished already; overwrite=true starts over")
+            else:
+                _run(config, folder, device)
+    finally:
+        distributed.shutdown()
+    return path
+
+
+@dataclass
+class Workshop:
+    """What all models of one run share: resolved settings, pairs to learn from, folder, and how steps are run."""
+
+    config: AlignConfig
+    pairs: Pairs
+    path: Path
+    runtime: Runtime
+    bad_files: BadFiles
+
+    def images(self, encoder: LoadedEncoder, pairs: Pairs | None = None) -> PairImages:
+        """Images of the pairs (those to learn from, if none are named) as this encoder wants them."""
+        return PairImages(self.pairs if pairs is None else pairs, encoder.preprocessing, self.bad_files)
+
+    def language(self) -> Language:
+        """The given language model, or the bundled one with a tokenizer of the pairs' own words; as before training."""
+        config = self.config
+        if config.lm is not None:
+            return given_language(config.lm, config.lora, config.seed)
+        tokenizer = kept_tokenizer(
+            self.path / "stages" / "tokenizer.json", lambda: text_corpus(self.pairs, CORPUS), config.language.vocab_size
+        )
+        return bundled_language(tokenizer, config.language, config.seed)
+
+
+def _run(config: AlignConfig, folder: RunFolder, device: torch.device) -> None:
+    pairs, val = _open_data(config)
+    encoder = load_encoder(str(config.encoder))
+    resolved, reasons = resolve(config, len(pairs))
+    folder.write_resolved(resolved, reasons)
+    bad_files = BadFiles(folder.path / "bad_files.jsonl")
+    checkpoint = resolved.checkpoint
+    with StopFlag() as stop:
+        runtime = Runtime(
+            device,
+            str(resolved.precision),
+            resolved.seed,
+            checkpoint.every,
+            checkpoint.keep,
+            stop,
+            MetricsLog(folder.path),
+        )
+        shop = Workshop(resolved, pairs, folder.path, runtime, bad_files)
+        seeing, chat = train_seeing(shop, encoder, folder.path)
+        write_vlm(shop, encoder, seeing, chat, folder.path / "vlm")
+        does_it_see(shop, encoder, seeing, chat, val, folder)
+    if distributed.is_main():
+        folder.finish()
+
+
+def _open_data(config: AlignConfig) -> tuple[Pairs, Pairs]:
+    """Pairs to learn from and pairs to be asked about; no image is in both."""
+    pairs = open_pairs(str(config.data))
+    if config.val_data is not None:
+        return pairs, open_pairs(config.val_data)
+    return split_by_image(pairs, config.val_fraction, config.seed)
+
+
+def train_text(shop: Workshop, images: PairImages) -> tuple[VisionLanguage, Chat]:
+    """Stage text: the language model alone, on every word of the pairs. All models of a run begin with it."""
+    language = shop.language()
+    model = VisionLanguage(None, None, language.lm, language.chat.before_image())
+    run_stage("text", shop.config.text, model, images, language.chat, shop.path / "stages" / "text", shop.runtime)
+    return model, language.chat
+
+
+def train_seeing(shop: Workshop, encoder: LoadedEncoder, path: Path) -> tuple[VisionLanguage, Chat]:
+    """All three stages over an encoder, with checkpoints in `path`/stages; what is finished is only loaded."""
+    images = shop.images(encoder)
+    text, chat = train_text(shop, images)
+    connector = MlpConnector(encoder.module.num_features, text.lm.config.hidden_size, shop.config.seed)
+    model = VisionLanguage(copy.deepcopy(encoder.module), connector, text.lm, text.before)
+    for name in ("connector", "instruct"):
+        run_stage(name, getattr(shop.config, name), model, images, chat, path / "stages" / name, shop.runtime)
+    model.lm = merged(model.lm)
+    return model, chat
+
+
+def train_blind(shop: Workshop, encoder: LoadedEncoder, path: Path) -> tuple[VisionLanguage, Chat]:
+    """The language model on the same turns for as many steps, without any image: what words alone give away."""
+    images = shop.images(encoder)
+    model, chat = train_text(shop, images)
+    run_stage("instruct", shop.config.instruct, model, images, chat, path / "stages" / "instruct", shop.runtime)
+    model.lm = merged(model.lm)
+    return model, chat
+
+
+def write_vlm(shop: Workshop, encoder: LoadedEncoder, model: VisionLanguage, chat: Chat, path: Path) -> None:
+    """The Hugging Face folder, replaced as a whole, and checked: transformers must compute what was trained."""
+    if not distributed.is_main():
+        return
+    assert model.encoder is not None and model.connector is not None
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    write_llava_folder(
+        partial,
+        vision=hf_state(model.encoder),
+        connector=model.connector.state_dict(),
+        language=(model.lm.config.to_dict(), language_tensors(model.lm)),
+        writing=Writing(chat.tokenizer, chat.template(), chat.image_id, chat.end_id, chat.pad_id),
+        preprocessing=encoder.preprocessing,
+        readme=model_card(shop.config, encoder),
+    )
+    difference = compare_with_folder(model, chat, partial, shop.images(encoder))
+    shutil.rmtree(path, ignore_errors=True)
+    partial.rename(path)
+    print(f"{path}: transformers opens it; largest difference of log probabilities {difference:.1e}")
+
+
+def does_it_see(
+    shop: Workshop, encoder: LoadedEncoder, seeing: VisionLanguage, chat: Chat, val: Pairs, folder: RunFolder
+) -> None:
+    """The same questions to the model and to its controls: rows, predictions and the table."""
+    config, device, path = shop.config, shop.runtime.device, folder.path
+    exam = set_exam(shop.images(encoder, val), config.num_val_images, config.seed)
+    answers = {"": sit(seeing, exam, chat, device)}
+    if "shuffled" in config.controls:
+        answers["shuffled"] = sit(seeing, exam, chat, device, shown=others_images(len(exam.numbers), config.seed))
+    if "blind" in config.controls:
+        blind, chat = train_blind(shop, encoder, path / "controls" / "blind")
+        answers["blind"] = sit(blind, exam, chat, device)
+    if "random_encoder" in config.controls:
+        control = random_like(encoder, config.seed + CONTROL_SEED)
+        other, chat = train_seeing(shop, control, path / "controls" / "random_encoder")
+        write_vlm(shop, control, other, chat, path / "controls" / "random_encoder" / "vlm")
+        answers["random_encoder"] = sit(other, exam, chat, device)
+    record(exam, answers, config, folder)
+
+
+def record(exam: Exam, answers: dict[str, Answers], config: AlignConfig, folder: RunFolder) -> None:
+    """results.json, predictions.jsonl and the printed table."""
+    spec, seed, step = str(config.val_data or config.data), config.seed, int(config.instruct.steps or 0)
+    rows = [row for name in answers for row in rows_of(exam, answers[name], name, spec, seed, step)]
+    if "blind" in answers:
+        rows.append(gain_row(exam, answers[""], answers["blind"], spec, seed, step))
+    if not distributed.is_main():
+        return
+    folder.add_results(rows)
+    lines = [json.dumps(line, ensure_ascii=False) for line in prediction_lines(exam, answers)]
+    write_atomically(folder.path / "predictions.jsonl", "\n".join(lines) + "\n")
+    text = table(rows, exam.families(), [name for name in answers if name])
+    write_atomically(folder.path / "does_it_see.txt", text + "\n")
+    print(text)
+    for warning in alarms(rows):
+        print(f"warning: {warning}")
+
+
+def model_card(config: AlignConfig, encoder: LoadedEncoder) -> str:
+    """README.md of the folder: what it is made of and how to open it."""
+    lm = config.lm or f"trained from scratch ({config.language.num_layers} layers of {config.language.hidden_size})"
+    licence = f"license: {encoder.license}\n" if encoder.license else ""
+    return (
+        f"---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n{licence}---\n\n"
+        "# A vision-language model made with sslvit\n\n"
+        f"Encoder: {encoder.source}. Language model: {lm}. Pairs: {config.data}.\n\n"
+        "```python\n"
+        "from transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
+        'model = AutoModelForImageTextToText.from_pretrained("this/folder")\n'
+        'processor = AutoProcessor.from_pretrained("this/folder")\n'
+        "```\n"
+    )

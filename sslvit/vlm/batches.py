@@ -1,0 +1,186 @@
+"""Images with their questions as an endless, keyed stream of training batches.
+
+Which images come when is a function of (seed, epoch), which questions of an image are asked of (seed, epoch, image);
+the cursor counts images. No augmentation: a turn says where things are. Not the loader of pretraining
+(data/loader.py), which cuts views and knows no text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sslvit import distributed
+from sslvit.data.crops import eval_transform, rng
+from sslvit.data.decode import BadFiles, BadImage, decode
+from sslvit.data.pairs import Pairs
+from sslvit.data.turns import Turn
+from sslvit.encoder.config import Preprocessing
+from sslvit.errors import InputError
+from sslvit.vlm.blocks import Blocks, TokenTurn, lay_out
+from sslvit.vlm.chat import Chat
+
+IN_MEMORY = 3 * 2**29  # bytes of images, or of frozen image tokens, that are kept
+ORDER, TURNS = 0, 1  # views of the keyed generator
+CHUNK = 64  # images the encoder reads at once where it is frozen
+
+
+class PairImages:
+    """Images of pairs as the encoder wants them, (C, H, W) uint8; kept in memory when all of them fit."""
+
+    def __init__(self, pairs: Pairs, preprocessing: Preprocessing, bad_files: BadFiles):
+        self.pairs = pairs
+        self.preprocessing = preprocessing
+        self.bad_files = bad_files
+        size = preprocessing.channels * preprocessing.image_size**2
+        fits = len(pairs) * size <= IN_MEMORY
+        self._kept: dict[int, Tensor] | None = {} if fits else None
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def get(self, index: int) -> Tensor:
+        """Image `index`; raises BadImage when it cannot be read, after noting its name."""
+        if self._kept is not None and index in self._kept:
+            return self._kept[index]
+        try:
+            pixels = decode(self.pairs.read(index), channels=self.preprocessing.channels)
+        except BadImage as error:
+            self.bad_files.add(self.pairs.name(index), str(error))
+            raise
+        image = eval_transform(pixels, self.preprocessing)
+        if self._kept is not None:
+            self._kept[index] = image
+        return image
+
+    def readable(self, index: int) -> tuple[int, Tensor]:
+        """Image `index`, or the next one that can be read, with its number."""
+        for step in range(len(self)):
+            number = (index + step) % len(self)
+            try:
+                return number, self.get(number)
+            except BadImage:
+                continue
+        raise InputError(f"{self.pairs.spec}: none of its {len(self)} images can be read; see bad_files.jsonl")
+
+
+@dataclass
+class PairBatch:
+    """images (B, C, H, W) uint8, or tokens (B, P, D) of a frozen encoder, or neither; and the turns over them."""
+
+    images: Tensor | None
+    tokens: Tensor | None
+    blocks: Blocks
+
+    def to(self, device: torch.device | str) -> PairBatch:
+        """The same batch on another device."""
+        images = None if self.images is None else self.images.to(device, non_blocking=True)
+        tokens = None if self.tokens is None else self.tokens.to(device, non_blocking=True)
+        return PairBatch(images, tokens, self.blocks.to(device))
+
+
+def draw_turns(turns: Sequence[Turn], num_turns: int, generator: np.random.Generator) -> list[Turn]:
+    """At most `num_turns` of an image's turns, in turn from each family, so that rare families are asked as often."""
+    order = generator.permutation(len(turns))
+    if len(turns) <= num_turns:
+        return [turns[i] for i in order]
+    families: dict[str, list[Turn]] = {}
+    for i in order:
+        families.setdefault(turns[i].family, []).append(turns[i])
+    drawn: list[Turn] = []
+    for depth in range(len(turns)):
+        for members in families.values():
+            if depth < len(members) and len(drawn) < num_turns:
+                drawn.append(members[depth])
+    return drawn
+
+
+def tokenize(turns: Sequence[Turn], chat: Chat) -> list[TokenTurn]:
+    """Turns as tokens."""
+    prompts = chat.prompts([turn.question for turn in turns])
+    answers = chat.answers([turn.answer for turn in turns])
+    return [TokenTurn(p, a) for p, a in zip(prompts, answers, strict=True)]
+
+
+class PairBatches:
+    """`train`'s stream: (PairBatch, cursor after it), forever, in an order that only the seed and the cursor decide.
+
+    `see="images"` gives pixels, `see="tokens"` what the frozen `encode` made of them (once for each image, in fixed
+    chunks, so that a resumed run computes the same numbers), `see="nothing"` text alone. `whole=True` makes every
+    token a target.
+    """
+
+    def __init__(
+        self,
+        images: PairImages,
+        chat: Chat,
+        *,
+        batch_size: int,
+        num_turns: int,
+        max_tokens: int,
+        seed: int,
+        see: str,
+        whole: bool = False,
+        encode: Callable[[Tensor], Tensor] | None = None,
+    ):
+        assert see in ("images", "tokens", "nothing") and (see == "tokens") == (encode is not None)
+        world = distributed.world_size()
+        if batch_size % world:
+            raise InputError(f"batch_size={batch_size} is not divisible by the {world} processes; change either")
+        self.images, self.chat, self.encode, self.see, self.whole = images, chat, encode, see, whole
+        self.batch_size, self.num_turns, self.max_tokens, self.seed = batch_size, num_turns, max_tokens, seed
+        self.cursor = 0
+        self._tokens: Tensor | None = None
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+
+    def seek(self, cursor: int) -> None:
+        """Go on after `cursor` images."""
+        self.cursor = cursor
+
+    def __iter__(self) -> Iterator[tuple[PairBatch, int]]:
+        while True:
+            batch = self._batch(range(self.cursor, self.cursor + self.batch_size))
+            self.cursor += self.batch_size
+            yield batch, self.cursor
+
+    def _batch(self, places: range) -> PairBatch:
+        share = self.batch_size // distributed.world_size()
+        mine = places[distributed.rank() * share : (distributed.rank() + 1) * share]
+        numbers, pixels, rows = [], [], []
+        for place in mine:
+            epoch, index = divmod(place, len(self.images))
+            number = int(self._permutation(epoch)[index])
+            if self.see != "nothing":
+                number, image = self.images.readable(number)
+                pixels.append(image)
+            numbers.append(number)
+            rows.append(self._turns(epoch, number))
+        blocks = lay_out(rows, self.chat.end_id, self.chat.pad_id, whole=self.whole)
+        if self.see == "tokens":
+            return PairBatch(None, self._frozen_tokens()[numbers].float(), blocks)
+        return PairBatch(torch.stack(pixels) if pixels else None, None, blocks)
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if self._order[0] != epoch:
+            self._order = (epoch, rng(self.seed, epoch, 0, ORDER).permutation(len(self.images)))
+        return self._order[1]
+
+    def _turns(self, epoch: int, number: int) -> list[TokenTurn]:
+        """The turns of one image in one epoch, without those that are too long for the language model."""
+        turns = draw_turns(self.images.pairs.turns(number), self.num_turns, rng(self.seed, epoch, number, TURNS))
+        return [t for t in tokenize(turns, self.chat) if len(t.prompt) + len(t.answer) <= self.max_tokens]
+
+    def _frozen_tokens(self) -> Tensor:
+        """(n, P, D) of all images, made when first needed."""
+        if self._tokens is None:
+            assert self.encode is not None
+            chunks = []
+            for start in range(0, len(self.images), CHUNK):
+                stop = min(start + CHUNK, len(self.images))
+                chunks.append(self.encode(torch.stack([self.images.readable(i)[1] for i in range(start, stop)])).cpu())
+            self._tokens = torch.cat(chunks)
+        return self._tokens
