@@ -56,7 +56,18 @@ OWN_FILES = (
     "predictions.jsonl",
     "does_it_see.txt",
 )
-OWN_FOLDERS = ("tb", "checkpoints", "encoder", "encoder_hf", "vlm", "features", "cells", "evaluate", "stages", "controls")
+OWN_FOLDERS = (
+    "tb",
+    "checkpoints",
+    "encoder",
+    "encoder_hf",
+    "vlm",
+    "features",
+    "cells",
+    "evaluate",
+    "stages",
+    "controls",
+)
 
 #: Verbs that may write into another verb's folder; they keep their own record in a subfolder of their name.
 GUESTS = ("evaluate",)
