@@ -30,20 +30,24 @@ REQUEUE_SIGNAL = getattr(signal, "SIGUSR2", signal.SIGTERM)
 WATCHED = (signal.SIGTERM, REQUEUE_SIGNAL)
 
 
+#: Exit code, one line, and the error if it is a bug.
+Ending = tuple[int, str, BaseException | None]
+
+
 class Interrupted(BaseException):
     """A signal came where no training loop watches. Ending there is as safe as a kill, and a kill is always safe."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A picklable `sslvit VERB ...`: calling it runs the verb on this task."""
+    """Picklable `sslvit VERB ...` commands (a sweep on one machine has several): calling it runs them on this task."""
 
-    words: tuple[str, ...]
+    commands: tuple[tuple[str, ...], ...]
     folder: str  # OUT/jobs
     restarts: int = 0
 
     def __call__(self) -> str:
-        """Run the verb. Returns its words when it is done; every other ending is an exit code."""
+        """Run the verbs. Returns their words when they are done; every other ending is an exit code."""
         place = Place.of_this_task(self.restarts)
         os.environ.update(place.variables())
         note = Note(Path(self.folder), place)
@@ -51,7 +55,7 @@ class Job:
         requeue, signals = signal.getsignal(REQUEUE_SIGNAL), Signals()
         try:
             with signals:
-                code, message, bug = self._run(place)
+                code, message, bug = self._run_all(place)
         except Interrupted as stop:  # just before or just after the verb
             code, message, bug = EXIT_RESUMABLE, f"stopped by {stop}", None
         if bug is not None:
@@ -66,33 +70,43 @@ class Job:
                 _end_local_siblings(place)
             _leave(place, code)
         note.write("done", EXIT_DONE)
-        return " ".join(self.words)
+        return "; ".join(" ".join(words) for words in self.commands)
 
     def checkpoint(self) -> Any:
-        """What submitit queues next: the same words."""
+        """What submitit queues next: the same commands."""
         from submitit.helpers import DelayedSubmission
 
-        return DelayedSubmission(Job(self.words, self.folder, self.restarts + 1))
+        return DelayedSubmission(Job(self.commands, self.folder, self.restarts + 1))
 
-    def _run(self, place: Place) -> tuple[int, str, BaseException | None]:
-        """(exit code, one line, the error if it is a bug)."""
-        words = list(self.words)
-        if place.restarts and any(word.startswith("overwrite=") for word in words):
-            words.append("overwrite=false")  # starting over is done once
-        try:
-            command = parse(words)
-            answer = getattr(sslvit, command.verb)(*command.positional, **command.arguments)
-        except Interrupted as stop:
-            return EXIT_RESUMABLE, f"stopped by {stop}; it goes on where it was", None
-        except (Exception, KeyboardInterrupt) as error:
-            ending = explain(error)
-            if ending is None:
-                return EXIT_BUG, f"{type(error).__name__}: {error}", error
-            print(f"sslvit {words[0]}: {ending[1]}", file=sys.stderr, flush=True)
-            return *ending, None
-        if isinstance(answer, str):
-            print(answer)
-        return EXIT_DONE, "", None
+    def _run_all(self, place: Place) -> Ending:
+        """One after the other. Wrong input in one lets the next ones run; anything else ends the job."""
+        worst: Ending = (EXIT_DONE, "", None)
+        for words in self.commands:
+            ending = _run(list(words), place)
+            if ending[0] in (EXIT_RESUMABLE, EXIT_BUG):
+                return ending
+            worst = ending if ending[0] != EXIT_DONE else worst
+        return worst
+
+
+def _run(words: list[str], place: Place) -> Ending:
+    """Carry one command out; starting over is done once, not after every interruption."""
+    if place.restarts and any(word.startswith("overwrite=") for word in words):
+        words.append("overwrite=false")
+    try:
+        command = parse(words)
+        answer = getattr(sslvit, command.verb)(*command.positional, **command.arguments)
+    except Interrupted as stop:
+        return EXIT_RESUMABLE, f"stopped by {stop}; it goes on where it was", None
+    except (Exception, KeyboardInterrupt) as error:
+        ending = explain(error)
+        if ending is None:
+            return EXIT_BUG, f"{type(error).__name__}: {error}", error
+        print(f"sslvit {words[0]}: {ending[1]}", file=sys.stderr, flush=True)
+        return *ending, None
+    if isinstance(answer, str):
+        print(answer)
+    return EXIT_DONE, "", None
 
 
 @dataclass(frozen=True)
