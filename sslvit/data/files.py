@@ -139,11 +139,14 @@ def expand(pattern: str, suffixes: Sequence[str]) -> list[bytes]:
     A folder stands for the files below it with one of the suffixes. Raises InputError for an item without a file.
     """
     found: dict[bytes, None] = {}
-    for item in [pattern] if os.path.lexists(pattern) else _split_commas(pattern):
-        matches = [match for expanded in _expand_braces(item) for match in _matches(expanded, suffixes)]
+    listed = [pattern] if os.path.lexists(pattern) else _split_commas(pattern)
+    for item in (expanded for part in listed for expanded in _expand_braces(part)):
+        matches = _matches(item, suffixes)
         if not matches:
             raise InputError(f"no {' or '.join(suffixes)} file at {item!r}; check the path or the pattern")
         found.update(dict.fromkeys(matches))
+    if not found:
+        raise InputError(f"no {' or '.join(suffixes)} file at {pattern!r}; check the path or the pattern")
     return list(found)
 
 
