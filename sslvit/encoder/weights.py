@@ -47,7 +47,10 @@ _HF_ACTIVATIONS = {
 _RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers, in preprocessor_config.json
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _ALIASES = {"image_size": "img_size", "num_registers": "reg_tokens"}  # our words for timm's
-METADATA_KEY = "sslvit"  # in the header of safetensors files `export --formats safetensors` writes
+WEIGHTS_FILE, METADATA_KEY = (
+    "encoder.safetensors",
+    "sslvit",
+)  # what `export --formats safetensors` writes, and its header
 
 
 @dataclass(frozen=True)
@@ -200,6 +203,8 @@ def _from_folder(path: Path, options: dict[str, Any], spec: str) -> LoadedEncode
         if "architecture" in config:
             return _from_timm_folder(path, config, spec)
         return _from_hf_folder(path, config, options, spec)
+    if (path / WEIGHTS_FILE).is_file():
+        return _from_file(path / WEIGHTS_FILE, options, spec)
     for inner in ("encoder", "timm", "hf", "tower", "vlm"):
         if (path / inner / "config.json").is_file():
             return _from_folder(path / inner, options, spec)
@@ -351,7 +356,7 @@ def _preprocessing_of_hf(path: Path, default: Preprocessing) -> Preprocessing:
         mean=tuple(mean),
         std=tuple(std),
         interpolation=_RESAMPLING.get(config.get("resample", 3), "bicubic"),
-        crop_pct=cropped / resized if cropped else 1.0,
+        crop_pct=float(config.get("crop_pct") or (cropped / resized if cropped else 1.0)),
     )
 
 

@@ -44,9 +44,16 @@ def hf_class(encoder: Encoder) -> str:
         if encoder.reg_token is not None:
             raise InputError("no Hugging Face class has registers without a class token; export timm instead")
         return "siglip_vision_model"
-    if encoder.reg_token is not None:
-        return "dinov2_with_registers"
-    return "dinov2" if hasattr(encoder.blocks[0].ls1, "gamma") else "vit"
+    if encoder.reg_token is None and not hasattr(encoder.blocks[0].ls1, "gamma"):
+        return "vit"
+    if encoder.blocks[0].mlp.fc1.out_features % encoder.embed_dim:
+        raise InputError("DINOv2 in transformers wants a whole mlp_ratio; export timm instead, AutoModel opens it too")
+    return "dinov2" if encoder.reg_token is None else "dinov2_with_registers"
+
+
+def check_hf(loaded: LoadedEncoder) -> None:
+    """InputError with the reason when no Hugging Face class is exact for the encoder."""
+    hf_class(loaded.module)
 
 
 def hf_state(encoder: Encoder, model_type: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -142,7 +149,7 @@ def _config(encoder: Encoder, kind: str) -> dict[str, Any]:
     if kind == "vit":
         return config | {"intermediate_size": hidden}
     config |= {
-        "mlp_ratio": hidden / encoder.embed_dim,
+        "mlp_ratio": hidden // encoder.embed_dim,
         "use_swiglu_ffn": False,
         "layerscale_value": 1.0,
         "drop_path_rate": 0.0,

@@ -32,15 +32,15 @@ class _Traced(nn.Module):
         return tokens, self.encoder.forward_head(tokens, pre_logits=True)
 
 
-def check_onnx() -> None:
-    """InputError when the packages that write or run ONNX are not there."""
+def check_onnx(loaded: LoadedEncoder) -> None:
+    """InputError when the packages that write or run ONNX are not there; any encoder can be written."""
     if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]:
         raise InputError(f"onnx needs {missing[0]}, which is not installed; pip install 'sslvit[onnx]'")
 
 
 def write_onnx(loaded: LoadedEncoder, folder: Path) -> None:
     """Write `folder/encoder.onnx`: input `images`, outputs `tokens` and `features`, fp32."""
-    check_onnx()
+    check_onnx(loaded)
     (height, width), (rows, columns) = loaded.module.patch_embed.grid_size, patch_size(loaded.module)
     example = torch.zeros(2, loaded.preprocessing.channels, (height + 1) * rows, (width + 2) * columns)
     sizes = {0: Dim("batch"), 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}

@@ -6,6 +6,7 @@ open_clip passes no arguments on to timm, so the tower is named by the absolute 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,19 @@ def check_open_clip(loaded: LoadedEncoder) -> None:
         )
 
 
-def write_open_clip_folder(loaded: LoadedEncoder, folder: Path, place: Path) -> None:
-    """Fill `folder` (existing, empty), which will be moved to `place`."""
+def write_open_clip_folder(loaded: LoadedEncoder, folder: Path) -> None:
+    """Fill `folder` (existing, empty)."""
     check_open_clip(loaded)
     (folder / "tower").mkdir()
     write_timm_folder(loaded, folder / "tower")
-    write_json(folder / CONFIG, open_clip_config(loaded, place / "tower"))
+    write_json(folder / CONFIG, open_clip_config(loaded, folder / "tower"))
+
+
+def point_to_tower(folder: Path, place: Path) -> None:
+    """Name the tower by where it will lie once `folder` is moved to `place`."""
+    config = json.loads((folder / CONFIG).read_text())
+    config["model_cfg"]["vision_cfg"]["timm_model_name"] = f"local-dir:{(place / 'tower').resolve()}"
+    write_json(folder / CONFIG, config)
 
 
 def open_clip_config(loaded: LoadedEncoder, tower: Path) -> dict[str, Any]:

