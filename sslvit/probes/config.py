@@ -4,6 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from sslvit.errors import InputError
+
+PROTOCOLS = (
+    "knn",
+    "linear",
+    "linear_dino",
+    "linear_mae",
+    "logreg",
+    "attentive",
+    "fewshot",
+    "retrieval",
+    "cluster",
+    "segmentation",
+    "health",
+)
+CONTROLS = ("random_init", "pixels")
+
 
 @dataclass
 class KnnMonitorConfig:
@@ -24,14 +41,30 @@ class EvaluateConfig:
     val_dataset: str | None = None
     protocol: list[str] = field(default_factory=lambda: ["knn", "linear"])
     controls: list[str] = field(default_factory=lambda: ["random_init", "pixels"])
+    label_file: str | None = None  # CSV of image names and labels, for sets without labels of their own
     image_size: int | None = None  # auto: what the encoder states
     batch_size: int = 256
     seed: int = 0
     device: str | None = None
-    precision: str | None = None
+    precision: str | None = None  # bf16 | fp32; auto: bf16 where the device computes it natively
     num_workers: int | None = None
     overwrite: bool = False
     augment: bool = False  # linear: re-run the encoder on random crops, as the published protocols do
     num_images: int | None = None  # at most this many of each set
     linear_steps: int = 12500  # DINOv2's 10 x 1250
     linear_batch_size: int = 128
+    attentive_steps: int = 2500
+
+
+def check_evaluate(config: EvaluateConfig) -> None:
+    """InputError for an unknown protocol or control, and for counts that cannot be."""
+    for key, known in (("protocol", PROTOCOLS), ("controls", CONTROLS)):
+        for name in getattr(config, key):
+            if name not in known:
+                raise InputError(f"{key}: {name!r} is unknown; there are {', '.join(known)}")
+    if not config.protocol:
+        raise InputError(f"protocol is empty; give at least one of {', '.join(PROTOCOLS)}")
+    for key in ("linear_steps", "linear_batch_size", "attentive_steps", "num_images"):
+        value = getattr(config, key)
+        if value is not None and value < 1:
+            raise InputError(f"{key} is {value}; it must be at least 1")

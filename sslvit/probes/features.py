@@ -6,28 +6,46 @@ Features are taken on clean images (resize, centre crop, no augmentation), after
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from sslvit.data.decode import BadImage
 from sslvit.data.loader import clean_batches
 from sslvit.data.photometry import normalize
 from sslvit.data.sources import Source
 from sslvit.encoder.config import Preprocessing
-from sslvit.encoder.vit import forward_layers
+from sslvit.encoder.vit import Tokens, forward_layers
 from sslvit.errors import InputError
 
 CACHE_VERSION = 1
+NUM_BLOCKS = 4  # what the linear grid reads
+PIXEL_SIZE, PIXEL_PATCH = 32, 4  # px, of the control without an encoder
 Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """How features are computed. Only precision, num_images and seed can change them."""
+
+    batch_size: int = 256
+    device: str = "cpu"
+    precision: str = "fp32"  # fp32 | bf16
+    num_workers: int | None = None
+    num_images: int | None = None  # at most this many, a sample keyed by seed
+    seed: int = 0
+    cache_dir: Path | None = None
+    progress: Progress | None = None
 
 
 @dataclass
@@ -36,13 +54,15 @@ class Features:
 
     blocks: per block, the last one first, (n, D): the class token after the final norm (mean patch without one).
     mean_patch: (n, D), the mean of the last block's normed patches; equal to blocks[0] without a class token.
-    labels: name -> (n,) int64, empty without labels; class_names: name -> names of the classes 0, 1, ...
+    indices: (n,) place of each image in its source; images that could not be read are missing.
+    labels: name -> (n,), empty without labels; class_names: name -> names of the classes 0, 1, ...
     """
 
     blocks: list[np.ndarray]
     mean_patch: np.ndarray
     has_class_token: bool
-    names: list[str]
+    indices: np.ndarray
+    names: list[str] = field(default_factory=list)
     labels: dict[str, np.ndarray] = field(default_factory=dict)
     class_names: dict[str, list[str]] = field(default_factory=dict)
 
@@ -55,6 +75,165 @@ class Features:
         return self.blocks[0]
 
 
+class Subset:
+    """Some images of a source, by place; without their labels. A data source itself."""
+
+    def __init__(self, source: Source, indices: np.ndarray) -> None:
+        self._source, self._indices = source, indices
+        self.spec, self.has_text = source.spec, False
+        self.labels: dict[str, np.ndarray] = {}
+        self.class_names: dict[str, list[str]] = {}
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def name(self, index: int) -> str:
+        """The image's name in the whole source."""
+        return self._source.name(int(self._indices[index]))
+
+    def read(self, index: int) -> bytes | np.ndarray:
+        """As the whole source."""
+        return self._source.read(int(self._indices[index]))
+
+    def text(self, index: int) -> None:
+        """A subset is for its images."""
+        return None
+
+
+class Examples:
+    """The images of one source as one encoder sees them: what a probe is fitted on, or answers for.
+
+    `module` None is the control without an encoder: features are the pixels of the images at 32 px. `fingerprint`
+    names the weights; with it and `extraction.cache_dir`, features are stored and found again by all they depend on.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        module: nn.Module | None,
+        preprocessing: Preprocessing,
+        extraction: Extraction,
+        fingerprint: str | None = None,
+    ) -> None:
+        self.source, self.module, self.extraction, self.fingerprint = source, module, extraction, fingerprint
+        self.preprocessing = preprocessing
+        if module is None:
+            self.preprocessing = Preprocessing(PIXEL_SIZE, (0.5,) * 3, (0.5,) * 3)
+        self.device = torch.device(extraction.device)
+
+    @cached_property
+    def features(self) -> Features:
+        """Features of every readable image. InputError when there is none, or one has features that are not finite."""
+        entry = self._cache_entry()
+        raw = None if entry is None else _read_entry(entry)
+        if raw is None:
+            raw = self._extract()
+            _check_finite(raw, self.source)
+            if entry is not None:
+                _write_entry(entry, raw)
+        raw.names = [self.source.name(int(i)) for i in raw.indices]
+        raw.labels = {name: np.asarray(values)[raw.indices] for name, values in self.source.labels.items()}
+        raw.class_names = dict(self.source.class_names)
+        return raw
+
+    def take(self, rows: np.ndarray, *, labels: bool) -> Examples:
+        """The images at `rows` of the features, as examples of their own; without `labels`, nobody can look at them."""
+        part = Examples(
+            self.source if labels else Subset(self.source, np.arange(len(self.source))),
+            self.module,
+            self.preprocessing,
+            self.extraction,
+            self.fingerprint,
+        )
+        whole = self.features
+        every = len(rows) == len(whole)
+        part.features = Features(
+            [block if every else block[rows] for block in whole.blocks],
+            whole.mean_patch if every else whole.mean_patch[rows],
+            whole.has_class_token,
+            whole.indices[rows],
+            [whole.names[i] for i in rows],
+            {name: values[rows] for name, values in whole.labels.items()} if labels else {},
+            whole.class_names if labels else {},
+        )
+        return part
+
+    @cached_property
+    def selection(self) -> np.ndarray:
+        """Places in the source of the images that are used, (n,) int64, readable or not."""
+        return choose_indices(len(self.source), self.extraction.num_images, self.extraction.seed)
+
+    def tokens(self, indices: np.ndarray, num_blocks: int = 1) -> Iterator[tuple[list[Tokens], np.ndarray]]:
+        """(tokens of the last blocks, the last one first, on the device; their indices) batch by batch, in order."""
+        batches = clean_batches(
+            self.source, self.preprocessing, self.extraction.batch_size, self.extraction.num_workers, indices
+        )
+        done = 0
+        for images, batch_indices in batches:
+            yield self.encode(images, num_blocks), np.asarray(batch_indices, dtype=np.int64)
+            done += len(images)
+            if self.extraction.progress is not None:
+                self.extraction.progress(done, len(indices))
+
+    def encode(self, images: Tensor, num_blocks: int = 1) -> list[Tokens]:
+        """Tokens of uint8 images (B, C, H, W), float32, of the last blocks, the last one first."""
+        images = images.to(self.device, non_blocking=True)
+        pixels = normalize(images, self.preprocessing.mean, self.preprocessing.std)
+        if self.module is None:
+            return [_pixel_tokens(pixels)]
+        return forward_clean(self.module, pixels, num_blocks, self.extraction.precision)
+
+    def _extract(self) -> Features:
+        num_blocks = 1 if self.module is None else min(NUM_BLOCKS, len(self.module.blocks))  # type: ignore[arg-type]
+        if self.module is not None:
+            self.module.to(self.device)
+        blocks: list[list[np.ndarray]] = [[] for _ in range(num_blocks)]
+        patches, kept = [], []
+        has_class_token = False
+        for layers, indices in self.tokens(self.selection, num_blocks):
+            for block, tokens in zip(blocks, layers, strict=True):
+                block.append(_array(tokens.cls if self.module is not None else tokens.patches.flatten(1)))
+            patches.append(_array(layers[0].mean_patch))
+            has_class_token = layers[0].has_class_token
+            kept.append(indices)
+        if not kept:
+            raise InputError(f"{self.source.spec} has no readable image; `sslvit check-data` lists the reasons")
+        stacked = [np.concatenate(block) for block in blocks]
+        mean_patch = np.concatenate(patches) if has_class_token else stacked[0]
+        return Features(stacked, mean_patch, has_class_token, np.concatenate(kept))
+
+    def _cache_entry(self) -> Path | None:
+        if self.extraction.cache_dir is None or self.fingerprint is None:
+            return None
+        facts = [
+            CACHE_VERSION,
+            self.fingerprint,
+            asdict(self.preprocessing),
+            NUM_BLOCKS,
+            self.extraction.precision,
+            source_digest(self.source, self.selection),
+        ]
+        return self.extraction.cache_dir / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
+
+
+@torch.no_grad()
+def forward_clean(module: nn.Module, pixels: Tensor, num_blocks: int, precision: str) -> list[Tokens]:
+    """Tokens of the last blocks, the last one first, in float32; the module is in evaluation mode meanwhile."""
+    was_training = module.training
+    module.eval()
+    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        layers = forward_layers(module, pixels, num_blocks)
+    module.train(was_training)
+    return [Tokens(t.prefix.float(), t.patches.float(), t.has_class_token, t.normed) for t in reversed(layers)]
+
+
+def default_precision(device: torch.device | str) -> str:
+    """bf16 where the device computes it natively, else fp32."""
+    if torch.device(device).type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+
+
 def choose_indices(num_images: int, at_most: int | None, seed: int = 0) -> np.ndarray:
     """All indices, or a sorted keyed sample of `at_most` of them, (n,) int64."""
     if at_most is None or at_most >= num_images:
@@ -62,159 +241,31 @@ def choose_indices(num_images: int, at_most: int | None, seed: int = 0) -> np.nd
     return np.sort(np.random.default_rng([seed, num_images]).choice(num_images, at_most, replace=False))
 
 
-def extract(
-    module: nn.Module,
-    preprocessing: Preprocessing,
-    source: Source,
-    *,
-    fingerprint: str | None = None,
-    num_blocks: int = 1,
-    batch_size: int = 256,
-    device: str | torch.device = "cpu",
-    precision: str = "fp32",
-    num_workers: int = 0,
-    num_images: int | None = None,
-    seed: int = 0,
-    cache_dir: Path | None = None,
-    progress: Progress | None = None,
-) -> Features:
-    """Features of the images of `source` (unreadable ones are left out), from the last `num_blocks` blocks.
-
-    `fingerprint` names the encoder's weights; with it and `cache_dir` the features are stored and found again by
-    everything they depend on. InputError when there is no readable image or a feature is not finite.
-    """
-    indices = choose_indices(len(source), num_images, seed)
-    entry = None
-    if cache_dir is not None and fingerprint is not None:
-        facts = [
-            CACHE_VERSION,
-            fingerprint,
-            asdict(preprocessing),
-            num_blocks,
-            precision,
-            source_digest(source, indices),
-        ]
-        entry = cache_dir / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
-        cached = _read_entry(entry)
-        if cached is not None:
-            return with_labels(cached, source)
-    features = _run(
-        module,
-        preprocessing,
-        source,
-        indices,
-        num_blocks,
-        batch_size,
-        torch.device(device),
-        precision,
-        num_workers,
-        progress,
-    )
-    _check_finite(features, source)
-    if entry is not None:
-        _write_entry(entry, features)
-    return with_labels(features, source)
-
-
-@dataclass
-class _Raw:
-    """Features with the index of each image in its source, before labels and names are attached."""
-
-    blocks: list[np.ndarray]
-    mean_patch: np.ndarray
-    has_class_token: bool
-    indices: np.ndarray
-
-
-@torch.no_grad()
-def _run(
-    module: nn.Module,
-    preprocessing: Preprocessing,
-    source: Source,
-    indices: np.ndarray,
-    num_blocks: int,
-    batch_size: int,
-    device: torch.device,
-    precision: str,
-    num_workers: int,
-    progress: Progress | None,
-) -> _Raw:
-    was_training = module.training
-    module.eval().to(device)
-    blocks: list[list[torch.Tensor]] = [[] for _ in range(num_blocks)]
-    patches: list[torch.Tensor] = []
-    kept: list[np.ndarray] = []
-    has_class_token = True
-    for images, batch_indices in clean_batches(source, preprocessing, batch_size, num_workers, indices):
-        pixels = normalize(images.to(device, non_blocking=True), preprocessing.mean, preprocessing.std)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            layers = forward_layers(module, pixels, num_blocks)
-        for block, tokens in zip(blocks, reversed(layers), strict=True):
-            block.append(tokens.cls.float().cpu())
-        patches.append(layers[-1].mean_patch.float().cpu())
-        has_class_token = layers[-1].has_class_token
-        kept.append(np.asarray(batch_indices, dtype=np.int64))
-        if progress is not None:
-            progress(sum(map(len, kept)), len(indices))
-    module.train(was_training)
-    if not kept:
-        raise InputError(f"{source.spec} has no readable image; `sslvit check-data` lists the reasons")
-    return _Raw(
-        [torch.cat(block).numpy() for block in blocks],
-        torch.cat(patches).numpy(),
-        has_class_token,
-        np.concatenate(kept),
-    )
-
-
-def with_labels(raw: _Raw, source: Source) -> Features:
-    """Attach the names and labels that `source` gives to the images that were read."""
-    return Features(
-        blocks=raw.blocks,
-        mean_patch=raw.mean_patch,
-        has_class_token=raw.has_class_token,
-        names=[source.name(int(i)) for i in raw.indices],
-        labels={name: np.asarray(values)[raw.indices] for name, values in source.labels.items()},
-        class_names=dict(source.class_names),
-    )
-
-
-def pixel_features(
-    source: Source,
-    size: int = 32,
-    *,
-    batch_size: int = 256,
-    num_workers: int = 0,
-    num_images: int | None = None,
-    seed: int = 0,
-) -> Features:
-    """The control without an encoder: images at `size` px, flattened, on the scale -1..1, (n, 3 * size * size)."""
-    preprocessing = Preprocessing(image_size=size, mean=(0.5,) * 3, std=(0.5,) * 3)
-    indices = choose_indices(len(source), num_images, seed)
-    pixels, kept = [], []
-    for images, batch_indices in clean_batches(source, preprocessing, batch_size, num_workers, indices):
-        pixels.append((images.float() / 127.5 - 1).flatten(1).numpy())
-        kept.append(np.asarray(batch_indices, dtype=np.int64))
-    if not kept:
-        raise InputError(f"{source.spec} has no readable image; `sslvit check-data` lists the reasons")
-    flat = np.concatenate(pixels)
-    return with_labels(_Raw([flat], flat, False, np.concatenate(kept)), source)
-
-
-def source_digest(source: Source, indices: np.ndarray, num_samples: int = 64) -> str:
-    """A fingerprint of the chosen images: their names, and the bytes of up to `num_samples` of them."""
-    digest = hashlib.sha256(f"{source.spec} {len(source)} {len(indices)}".encode())
-    for i in indices:
-        digest.update(source.name(int(i)).encode(errors="surrogateescape"))
+def source_digest(source: Source, indices: np.ndarray, num_samples: int = 16) -> str:
+    """A fingerprint of the chosen images: what the source says of itself, and the bytes of a few of them."""
+    own = getattr(source, "fingerprint", None)
+    digest = hashlib.sha256((own() if own is not None else f"{source.spec} {len(source)}").encode())
+    digest.update(np.ascontiguousarray(indices, dtype=np.int64).tobytes())
     for i in indices[np.linspace(0, len(indices) - 1, min(num_samples, len(indices))).astype(int)]:
-        data = source.read(int(i))
-        digest.update(data if isinstance(data, bytes) else np.ascontiguousarray(data).tobytes())
+        with contextlib.suppress(BadImage, OSError):
+            data = source.read(int(i))
+            digest.update(data if isinstance(data, bytes) else np.ascontiguousarray(data).tobytes())
     return digest.hexdigest()
 
 
-def _check_finite(raw: _Raw, source: Source) -> None:
+def _pixel_tokens(pixels: Tensor) -> Tokens:
+    """Images (B, C, H, W) as patches of 4 px, without a class token."""
+    patches = nn.functional.unfold(pixels, PIXEL_PATCH, stride=PIXEL_PATCH).transpose(1, 2)
+    return Tokens(patches[:, :0], patches, has_class_token=False, normed=True)
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.float().cpu().numpy()
+
+
+def _check_finite(raw: Features, source: Source) -> None:
     for values in [*raw.blocks, raw.mean_patch]:
-        bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
+        bad = np.flatnonzero(~np.isfinite(values.sum(axis=1, dtype=np.float64)))
         if bad.size:
             name = source.name(int(raw.indices[bad[0]]))
             raise InputError(
@@ -223,16 +274,17 @@ def _check_finite(raw: _Raw, source: Source) -> None:
             )
 
 
-def _write_entry(entry: Path, raw: _Raw) -> None:
-    """Store `raw` under `entry`, visible only when complete."""
+def _write_entry(entry: Path, raw: Features) -> None:
+    """Store arrays under `entry`, visible only when complete."""
     partial = entry.with_name(f"{entry.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for number, values in enumerate(raw.blocks):
         np.save(partial / f"block_{number}.npy", values)
-    np.save(partial / "mean_patch.npy", raw.mean_patch)
+    if raw.has_class_token:
+        np.save(partial / "mean_patch.npy", raw.mean_patch)
     np.save(partial / "indices.npy", raw.indices)
-    facts = {"num_blocks": len(raw.blocks), "has_class_token": raw.has_class_token, "saved": time.time()}
+    facts = {"num_blocks": len(raw.blocks), "has_class_token": raw.has_class_token}
     (partial / "facts.json").write_text(json.dumps(facts))
     try:
         os.replace(partial, entry)
@@ -240,15 +292,16 @@ def _write_entry(entry: Path, raw: _Raw) -> None:
         shutil.rmtree(partial)
 
 
-def _read_entry(entry: Path) -> _Raw | None:
-    """The stored features, memory-mapped; None when there are none or they are damaged."""
+def _read_entry(entry: Path) -> Features | None:
+    """The stored arrays, memory-mapped; None when there are none or they are damaged."""
     try:
         facts = json.loads((entry / "facts.json").read_text())
         blocks = [np.load(entry / f"block_{i}.npy", mmap_mode="r") for i in range(facts["num_blocks"])]
-        mean_patch = np.load(entry / "mean_patch.npy", mmap_mode="r")
-        return _Raw(blocks, mean_patch, facts["has_class_token"], np.load(entry / "indices.npy"))
+        mean_patch = np.load(entry / "mean_patch.npy", mmap_mode="r") if facts["has_class_token"] else blocks[0]
+        indices = np.load(entry / "indices.npy")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError):
         shutil.rmtree(entry, ignore_errors=True)
         return None
+    return Features(list(blocks), mean_patch, facts["has_class_token"], indices)

@@ -1,15 +1,18 @@
-"""Linear classification on frozen features (DINOv2, arXiv:2304.07193, section 7.1 and its released evaluation).
+"""Linear classification on frozen features, by three published recipes. Nothing here sees a validation image.
 
-A grid of 13 learning rates x {last block, last 4 blocks} x {class token, with the mean patch} = 52 heads is trained at
-once: heads that read the same input are one matrix product. SGD with momentum .9, no weight decay, cosine to 0,
-12,500 steps of 128 images, learning rates scaled by batch / 256. Differs from the release in two ways, both stated in
-the protocol: features are cached without augmentation, and the head is chosen on 10% of the training images (the
-release takes the best on the validation set); the heads have seen the other 90%. Not regularised, not standardised.
+`fit` is DINOv2's (arXiv:2304.07193, section 7.1, and its released evaluation): a grid of 13 learning rates x {last
+block, last 4 blocks} x {class token, with the mean patch} = 52 heads trained at once; heads that read the same input
+are one matrix product. SGD with momentum .9, no weight decay, cosine to 0, 12,500 steps of 128 images, learning rates
+times batch / 256. The release chooses the best head on the validation set; here 10% of the training images choose and
+the heads have seen the other 90%. Features are cached without augmentation unless a stream of crops is given.
+
+`fit_dino` is DINO's single head and `fit_mae` MAE's, after a batch norm without affine parameters: fixed recipes,
+fitted on all training images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,8 +22,12 @@ from torch import Tensor
 from sslvit.probes.knn import check_features
 
 LEARNING_RATES = (*(m * 10.0**e for e in (-5, -4, -3, -2) for m in (1, 2, 5)), 0.1)
-PROTOCOL = "linear (DINOv2 grid): heads on cached features without augmentation, SGD .9, cosine, chosen on 10% of train"
 MOMENTUM = 0.9
+PROTOCOL = "linear (DINOv2 grid): SGD .9, cosine, chosen on 10% of train, fitted on 90%"
+PROTOCOL_DINO = "linear (DINO): one head, SGD .9, lr .001 per 256, cosine, 100 epochs, all of train"
+PROTOCOL_MAE = "linear (MAE): batch norm without affine, LARS .1 per 256, warm-up 10 of 90 epochs, cosine, all of train"
+
+Batch = tuple[list[Tensor], Tensor]  # one (B, D) per variant, and targets (B,)
 
 
 @dataclass(frozen=True)
@@ -30,30 +37,31 @@ class Inputs:
     name: str
     parts: tuple[np.ndarray, ...]
 
+    def matrix(self) -> np.ndarray:
+        """(n, D) float32."""
+        return np.concatenate(self.parts, axis=1)
+
 
 @dataclass(frozen=True)
 class Head:
-    """The chosen head. weight: (D, classes), bias: (classes,), fitted on the fitting part of train."""
+    """A fitted head. weight: (D, C), bias: (C,); classes: the label of each column; inputs: the variant it reads."""
 
     inputs: str
     learning_rate: float
     weight: np.ndarray
     bias: np.ndarray
     classes: np.ndarray
-    choice_accuracy: float
 
     def logits(self, parts: Sequence[np.ndarray]) -> np.ndarray:
-        """(m, classes) from the same parts of another set."""
-        rows = range(0, len(parts[0]), 16_384)
-        return np.concatenate(
-            [np.concatenate([p[r : r + 16_384] for p in parts], axis=1) @ self.weight + self.bias for r in rows]
-        )
+        """(m, C) from the parts of its variant, of other images."""
+        rows = [slice(start, start + 16_384) for start in range(0, len(parts[0]), 16_384)]
+        return np.concatenate([np.concatenate([p[r] for p in parts], axis=1) @ self.weight + self.bias for r in rows])
 
 
 def input_variants(blocks: Sequence[np.ndarray], mean_patch: np.ndarray, has_class_token: bool) -> list[Inputs]:
     """DINOv2's choices of input from the class tokens of the last blocks (last first) and the last mean patch."""
     last4 = tuple(blocks[:4])
-    variants = [Inputs("last 1 block", (blocks[0],))]
+    variants = [Inputs("last block", (blocks[0],))]
     if len(last4) > 1:
         variants.append(Inputs(f"last {len(last4)} blocks", last4))
     if has_class_token:
@@ -64,7 +72,7 @@ def input_variants(blocks: Sequence[np.ndarray], mean_patch: np.ndarray, has_cla
 def choice_split(labels: np.ndarray, seed: int, share: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
     """Indices to fit on and indices to choose on: `share` of `labels` (n,), stratified; a class's only image is fitted.
 
-    Both halves are the whole set when no class has two images to part: then the choice is made on what was fitted.
+    Both are the whole set when no class has two images to part: then the choice is made on what was fitted.
     """
     generator = np.random.default_rng([seed, len(labels)])
     order = generator.permutation(len(labels))
@@ -78,12 +86,72 @@ def choice_split(labels: np.ndarray, seed: int, share: float = 0.1) -> tuple[np.
     return np.setdiff1d(np.arange(len(labels)), chosen), np.sort(chosen)
 
 
-def batches(num_images: int, batch_size: int, steps: int, seed: int) -> list[np.ndarray]:
+def batches(num_images: int, batch_size: int, steps: int, seed: int) -> Iterator[np.ndarray]:
     """`steps` batches of indices: reshuffled passes over the images, one after the other."""
-    batch_size = min(batch_size, num_images)
-    passes = -(-steps * batch_size // num_images)
-    stream = np.concatenate([np.random.default_rng([seed, p]).permutation(num_images) for p in range(passes)])
-    return np.split(stream[: steps * batch_size], steps)
+    size = min(batch_size, num_images)
+    rest, epoch = np.empty(0, dtype=np.int64), 0
+    for _ in range(steps):
+        if len(rest) < size:
+            rest = np.concatenate([rest, np.random.default_rng([seed, epoch]).permutation(num_images)])
+            epoch += 1
+        yield rest[:size]
+        rest = rest[size:]
+
+
+class Heads:
+    """One head per learning rate on one input, trained together: weight (D, H * C), bias (H * C,).
+
+    All start from the same keyed draw and see the same batches, so a head does not depend on its company. The gradient
+    of the cross-entropy is written out: inputs.T @ (softmax - one hot) / batch.
+    """
+
+    def __init__(
+        self, width: int, num_classes: int, learning_rates: Sequence[float], seed: int, device: torch.device
+    ) -> None:
+        start = torch.empty(width, num_classes).normal_(0, 0.01, generator=torch.Generator().manual_seed(seed))
+        self.num_heads, self.num_classes = len(learning_rates), num_classes
+        self.weight = start.repeat(1, self.num_heads).to(device)
+        self.bias = torch.zeros(self.num_heads * num_classes, device=device)
+        self.weight_speed, self.bias_speed = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
+        self.rates = torch.tensor(learning_rates, device=device).repeat_interleave(num_classes)
+
+    def step(self, x: Tensor, y: Tensor, scale: float) -> None:
+        """One SGD step on inputs (B, D), targets (B,), at `scale` times each head's learning rate."""
+        size = len(x)
+        error = torch.addmm(self.bias, x, self.weight).view(size, self.num_heads, self.num_classes).softmax(dim=2)
+        error.scatter_add_(
+            2, y[:, None, None].expand(size, self.num_heads, 1), error.new_full((1,), -1).expand_as(error)
+        )
+        error = error.view(size, -1)
+        rates = self.rates * scale
+        self.weight_speed.mul_(MOMENTUM).addmm_(x.T, error, alpha=1 / size)
+        self.bias_speed.mul_(MOMENTUM).add_(error.sum(dim=0), alpha=1 / size)
+        self.weight.addcmul_(self.weight_speed, rates, value=-1)
+        self.bias.addcmul_(self.bias_speed, rates, value=-1)
+
+    def head(self, i: int) -> tuple[Tensor, Tensor]:
+        """Weight (D, C) and bias (C,) of head `i`."""
+        columns = slice(i * self.num_classes, (i + 1) * self.num_classes)
+        return self.weight[:, columns], self.bias[columns]
+
+    def score(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Accuracy (H,) and mean cross-entropy (H,) of each head on `inputs` (n, D)."""
+        correct, loss = torch.zeros(self.num_heads), torch.zeros(self.num_heads)
+        for x, y in zip(inputs.split(4096), targets.split(4096), strict=True):
+            for i in range(self.num_heads):
+                weight, bias = self.head(i)
+                logits = torch.addmm(bias, x, weight)
+                correct[i] += (logits.argmax(dim=1) == y).sum().cpu()
+                loss[i] += torch.nn.functional.cross_entropy(logits, y, reduction="sum").cpu()
+        return correct / len(inputs), loss / len(inputs)
+
+
+def train_heads(groups: Sequence[Heads], stream: Iterable[Batch], steps: int, batch_size: int) -> None:
+    """Train groups of heads on `steps` batches of a stream, one input per group; cosine from lr * batch / 256 to 0."""
+    for step, (inputs, targets) in zip(range(steps), stream, strict=False):
+        scale = batch_size / 256 * 0.5 * (1 + np.cos(np.pi * step / steps))
+        for heads, x in zip(groups, inputs, strict=True):
+            heads.step(x, targets, scale)
 
 
 def fit(
@@ -96,82 +164,123 @@ def fit(
     learning_rates: Sequence[float] = LEARNING_RATES,
     device: str | torch.device = "cpu",
 ) -> Head:
-    """Train every head on 90% of the training set, choose one on the other 10%. Never sees validation images."""
-    for variant in variants:
-        check_features(*variant.parts)
+    """Train every head on 90% of the training features, choose one on the other 10%."""
     classes, ids = np.unique(labels, return_inverse=True)
     fitting, choosing = choice_split(ids, seed)
-    best: tuple[float, float] | None = None
-    head: Head | None = None
-    for variant in variants:
-        inputs = torch.from_numpy(np.concatenate(variant.parts, axis=1)).to(device)
-        targets = torch.from_numpy(ids).to(device)
-        weights, biases = train_heads(
-            inputs[fitting],
-            targets[fitting],
-            len(classes),
-            learning_rates,
-            seed=seed,
-            steps=steps,
-            batch_size=batch_size,
-        )
-        accuracy, loss = score_heads(inputs[choosing], targets[choosing], weights, biases)
-        for i, rate in enumerate(learning_rates):
-            merit = (float(accuracy[i]), -float(loss[i]))
-            if np.isfinite(merit[1]) and (best is None or merit > best):
-                best = merit
-                w, b = weights[i].cpu().numpy(), biases[i].cpu().numpy()
-                head = Head(variant.name, rate, w, b, classes, merit[0])
-    assert head is not None, "the smallest learning rates never diverge on finite features"
-    return head
+    size = min(batch_size, len(fitting))
+    device = torch.device(device)
+    targets = torch.from_numpy(ids).to(device)
+    candidates = []
+    for variant in variants:  # one after the other: only one copy of the features at a time
+        check_features(*variant.parts)
+        inputs = torch.from_numpy(variant.matrix()).to(device)
+        heads = Heads(inputs.shape[1], len(classes), learning_rates, seed, device)
+        order = (torch.from_numpy(fitting[i]).to(device) for i in batches(len(fitting), size, steps, seed))
+        train_heads([heads], (([inputs[i]], targets[i]) for i in order), steps, size)
+        candidates.append((variant.name, heads, *heads.score(inputs[choosing], targets[choosing])))
+    return choose(candidates, classes, learning_rates)
 
 
-def train_heads(
-    inputs: Tensor,
-    targets: Tensor,
-    num_classes: int,
-    learning_rates: Sequence[float],
+def fit_stream(
+    variants: Sequence[Inputs],
+    labels: np.ndarray,
+    stream: Iterable[Batch],
+    choosing: np.ndarray,
     *,
-    seed: int,
-    steps: int,
-    batch_size: int,
-) -> tuple[Tensor, Tensor]:
-    """Train one head per learning rate on `inputs` (n, D), `targets` (n,): weights (H, D, C) and biases (H, C).
+    seed: int = 0,
+    steps: int = 12_500,
+    batch_size: int = 128,
+    device: str | torch.device = "cpu",
+) -> Head:
+    """As `fit`, on a `stream` of augmented batches; `variants` of clean features serve for the choice on `choosing`."""
+    classes, ids = np.unique(labels, return_inverse=True)
+    device = torch.device(device)
+    widths = [sum(part.shape[1] for part in variant.parts) for variant in variants]
+    groups = [Heads(width, len(classes), LEARNING_RATES, seed, device) for width in widths]
+    train_heads(groups, stream, steps, batch_size)
+    targets = torch.from_numpy(ids[choosing]).to(device)
+    candidates = []
+    for variant, heads in zip(variants, groups, strict=True):
+        inputs = torch.from_numpy(np.concatenate([part[choosing] for part in variant.parts], axis=1)).to(device)
+        candidates.append((variant.name, heads, *heads.score(inputs, targets)))
+    return choose(candidates, classes, LEARNING_RATES)
 
-    All heads see the same batches and start from the same keyed draw, so a head does not depend on its company.
-    The gradient of the cross-entropy is written out: inputs.T @ (softmax - one hot) / batch.
+
+def choose(
+    candidates: Sequence[tuple[str, Heads, Tensor, Tensor]], classes: np.ndarray, learning_rates: Sequence[float]
+) -> Head:
+    """The head with the best accuracy on the choosing images, the smaller cross-entropy deciding ties."""
+    merits = [
+        (float(accuracy[i]), -float(loss[i]), -group, -i)
+        for group, (_, _, accuracy, loss) in enumerate(candidates)
+        for i in range(len(learning_rates))
+        if np.isfinite(float(loss[i]))
+    ]
+    assert merits, "the smallest learning rates do not diverge on finite features"
+    _, _, group, i = max(merits)
+    name, heads = candidates[-group][:2]
+    weight, bias = heads.head(-i)
+    return Head(name, learning_rates[-i], weight.cpu().numpy(), bias.cpu().numpy(), classes)
+
+
+def fit_dino(inputs: Inputs, labels: np.ndarray, *, seed: int = 0, device: str | torch.device = "cpu") -> Head:
+    """DINO's head on one input: batch 256, learning rate .001, 100 epochs."""
+    check_features(*inputs.parts)
+    classes, ids = np.unique(labels, return_inverse=True)
+    device = torch.device(device)
+    x, y = torch.from_numpy(inputs.matrix()).to(device), torch.from_numpy(ids).to(device)
+    size = min(256, len(x))
+    steps = max(1, 100 * len(x) // size)
+    heads = Heads(x.shape[1], len(classes), [0.001], seed, device)
+    order = (torch.from_numpy(i).to(device) for i in batches(len(x), size, steps, seed))
+    train_heads([heads], (([x[i]], y[i]) for i in order), steps, size)
+    weight, bias = heads.head(0)
+    return Head(inputs.name, 0.001, weight.cpu().numpy(), bias.cpu().numpy(), classes)
+
+
+def mae_batch_size(num_images: int) -> int:
+    """MAE's 16,384 images, but at least 64 batches in an epoch."""
+    return min(16_384, max(1, num_images // 64))
+
+
+def fit_mae(inputs: Inputs, labels: np.ndarray, *, seed: int = 0, device: str | torch.device = "cpu") -> Head:
+    """MAE's linear probe (arXiv:2111.06377, table 10): LARS on features normalised by the statistics of train.
+
+    With features fixed, those statistics are what the running ones of its batch norm tend to. The norm is folded into
+    the head that is returned.
     """
-    num_heads, width, device = len(learning_rates), inputs.shape[1], inputs.device
-    start = torch.empty(width, num_classes).normal_(0, 0.01, generator=torch.Generator().manual_seed(seed))
-    weight = start.repeat(1, num_heads).to(device)  # (D, H * C)
-    bias = torch.zeros(num_heads * num_classes, device=device)
-    weight_speed, bias_speed = torch.zeros_like(weight), torch.zeros_like(bias)
-    order = batches(len(inputs), batch_size, steps, seed)
-    size = len(order[0])
-    rates = torch.tensor(learning_rates, device=device).repeat_interleave(num_classes) * size / 256
-    row = torch.arange(size, device=device)
-    for step, indices in enumerate(order):
+    check_features(*inputs.parts)
+    classes, ids = np.unique(labels, return_inverse=True)
+    device = torch.device(device)
+    x, y = torch.from_numpy(inputs.matrix()).to(device), torch.from_numpy(ids).to(device)
+    mean, scale = x.mean(dim=0), (x.var(dim=0, correction=0) + 1e-6).rsqrt()
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.empty(x.shape[1], len(classes)).normal_(0, 0.01, generator=generator).to(device)
+    bias = torch.zeros(len(classes), device=device)
+    speeds = [torch.zeros_like(weight), torch.zeros_like(bias)]
+    size = mae_batch_size(len(x))
+    per_epoch = max(1, len(x) // size)
+    for step, indices in enumerate(batches(len(x), size, 90 * per_epoch, seed)):
         index = torch.from_numpy(indices).to(device)
-        x, y = inputs[index], targets[index]
-        error = torch.addmm(bias, x, weight).view(size, num_heads, num_classes).softmax(dim=2)
-        error[row, :, y] -= 1
-        error = error.view(size, num_heads * num_classes)
-        scale = rates * (0.5 * (1 + np.cos(np.pi * step / steps)))
-        weight_speed.mul_(MOMENTUM).addmm_(x.T, error, alpha=1 / size)
-        bias_speed.mul_(MOMENTUM).add_(error.sum(dim=0), alpha=1 / size)
-        weight.addcmul_(weight_speed, scale, value=-1)
-        bias.addcmul_(bias_speed, scale, value=-1)
-    weights = weight.view(width, num_heads, num_classes).permute(1, 0, 2).contiguous()
-    return weights, bias.view(num_heads, num_classes)
+        batch = (x[index] - mean) * scale
+        error = (torch.addmm(bias, batch, weight)).softmax(dim=1)
+        error[torch.arange(size, device=device), y[index]] -= 1
+        rate = 0.1 * size / 256 * _mae_schedule(step / per_epoch)
+        _lars_step(weight, batch.T @ error / size, speeds[0], rate, adapt=True)
+        _lars_step(bias, error.mean(dim=0), speeds[1], rate, adapt=False)
+    folded = weight * scale[:, None]
+    return Head(inputs.name, 0.1, folded.cpu().numpy(), (bias - mean @ folded).cpu().numpy(), classes)
 
 
-def score_heads(inputs: Tensor, targets: Tensor, weights: Tensor, biases: Tensor) -> tuple[Tensor, Tensor]:
-    """Accuracy (H,) and mean cross-entropy (H,) of each head on `inputs` (n, D)."""
-    correct, loss = torch.zeros(len(weights)), torch.zeros(len(weights))
-    for start in range(0, len(inputs), 4096):
-        x, y = inputs[start : start + 4096], targets[start : start + 4096]
-        for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-            logits = torch.addmm(bias, x, weight)
-            correct[i] += (logits.argmax(dim=1) == y).sum().cpu()
-            loss[i] += torch.nn.functional.cross_entropy(logits, y, reduction="sum").cpu()
-    return correct / len(inputs), loss / len(inputs)
+def _mae_schedule(epoch: float) -> float:
+    """Share of the peak: linear warm-up over 10 epochs, then a cosine to 0 at epoch 90."""
+    return epoch / 10 if epoch < 10 else 0.5 * (1 + np.cos(np.pi * (epoch - 10) / 80))
+
+
+def _lars_step(weight: Tensor, gradient: Tensor, speed: Tensor, rate: float, *, adapt: bool) -> None:
+    """One LARS step (You et al., arXiv:1708.03888) as MAE uses it: trust coefficient .001, momentum .9, decay 0."""
+    if adapt:
+        norm, size = weight.norm(), gradient.norm()
+        gradient = gradient * torch.where((norm > 0) & (size > 0), 0.001 * norm / size, 1.0)
+    speed.mul_(MOMENTUM).add_(gradient)
+    weight.sub_(speed, alpha=rate)

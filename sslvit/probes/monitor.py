@@ -39,7 +39,8 @@ class KnnMonitor:
     ) -> None:
         self.preprocessing, self.batch_size, self.precision = preprocessing, batch_size, precision
         self.train, self.train_labels = _decode(train_source, preprocessing, num_images, batch_size, num_workers, seed)
-        self.val, self.val_labels = self.train[:0], {}
+        self.val = self.train[:0]
+        self.val_labels: dict[str, np.ndarray] = {}
         if val_source is not None and self.train_labels and val_source.labels:
             self.val, self.val_labels = _decode(val_source, preprocessing, num_images, batch_size, num_workers, seed)
 

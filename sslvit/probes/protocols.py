@@ -1,95 +1,315 @@
-"""The probes as `evaluate` runs them. A probe is fitted on labelled train features and then answers for other features.
+"""The probes as `evaluate` runs them. A probe is fitted on labelled training images and then answers for others.
 
-The shape of the interface is the guard against leaks: `fit` is given the training set alone, the fitted probe is given
-features alone, and only `score` below sees the validation labels, once.
+The shape of the interface is the guard against leaks: `fit` is given the training set alone, what it returns is given
+images without labels, and only `scores.score` sees the validation labels, once, after every choice is made.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
-from sslvit.probes import knn, linear
+from sslvit.errors import InputError
+from sslvit.probes import attentive, augmented, cluster, fewshot, health, knn, linear, logreg, regression, retrieval
+from sslvit.probes import segmentation as dense
 from sslvit.probes.config import EvaluateConfig
-from sslvit.probes.features import Features
+from sslvit.probes.features import Examples, Features
+from sslvit.probes.scores import (
+    Answer,
+    Clusters,
+    Draws,
+    Estimates,
+    Maps,
+    Neighbours,
+    Presence,
+    Ranking,
+    Score,
+    score_resampled,
+)
+
+Fitted = Callable[[Examples], list[Answer]]
+Fit = Callable[[Examples, np.ndarray, EvaluateConfig], Fitted]
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What a fitted probe says: labels (m, r), the likeliest first. variant: "" or "k10/"; protocol: in words."""
+def fit_knn(train: Examples, labels: np.ndarray, config: EvaluateConfig) -> Fitted:
+    """DINO's k-NN for each k; nothing is fitted."""
+    features, num_classes = train.features, len(np.unique(labels))
 
-    variant: str
-    ranking: np.ndarray
-    protocol: str
-
-
-Fitted = Callable[[Features], list[Answer]]
-Fit = Callable[[Features, np.ndarray, EvaluateConfig], Fitted]
-
-
-@dataclass(frozen=True)
-class Score:
-    """One measured number. metric: "top1", "k10/top1"; per_image (m,): what the value is the mean of."""
-
-    metric: str
-    per_image: np.ndarray
-    protocol: str
-
-
-def fit_knn(train: Features, labels: np.ndarray, config: EvaluateConfig) -> Fitted:
-    """DINO's k-NN; nothing is fitted."""
-    token = _token(train)
-
-    def answer(val: Features) -> list[Answer]:
-        rankings = knn.knn(train.cls, labels, val.cls)
+    def answer(val: Examples) -> list[Answer]:
+        rankings = knn.knn(features.cls, labels, val.features.cls)
         return [
-            Answer("" if k == 20 else f"k{k}/", ranking, f"{knn.PROTOCOL}, {token}, k {k}{_clipped(k, len(train))}")
-            for k, ranking in rankings.items()
+            Answer(
+                Ranking(ranking, num_classes),
+                f"{knn.PROTOCOL}, {_token(features)}, k {k}{_clipped(k, len(features))}",
+                "" if k == 20 else f"k{k}/",
+            )
+            for k, ranking in sorted(rankings.items(), key=lambda item: (item[0] != 20, item[0]))
         ]
 
     return answer
 
 
-def fit_linear(train: Features, labels: np.ndarray, config: EvaluateConfig) -> Fitted:
-    """DINOv2's grid of heads; see linear.py."""
-    variants = linear.input_variants(train.blocks, train.mean_patch, train.has_class_token)
-    head = linear.fit(
-        variants, labels, seed=config.seed, steps=config.linear_steps, batch_size=config.linear_batch_size
-    )
-    num_heads = len(variants) * len(linear.LEARNING_RATES)
-    words = (
-        f"{linear.PROTOCOL}; {num_heads} heads, {config.linear_steps} steps of {config.linear_batch_size}; "
-        f"{_token(train)}; chosen: lr {head.learning_rate:g}, {head.inputs}"
-    )
-
-    def answer(val: Features) -> list[Answer]:
-        chosen = next(
-            v for v in linear.input_variants(val.blocks, val.mean_patch, val.has_class_token) if v.name == head.inputs
+def fit_linear(train: Examples, labels: np.ndarray, config: EvaluateConfig) -> Fitted:
+    """DINOv2's grid of heads; with `augment`, on random crops that go through the encoder again."""
+    features = train.features
+    variants = linear.input_variants(features.blocks, features.mean_patch, features.has_class_token)
+    if config.augment:
+        fitting, choosing = linear.choice_split(np.unique(labels, return_inverse=True)[1], config.seed)
+        stream = augmented.linear_stream(train, labels, fitting, config.seed, config.linear_batch_size)
+        head = linear.fit_stream(
+            variants,
+            labels,
+            stream,
+            choosing,
+            seed=config.seed,
+            steps=config.linear_steps,
+            batch_size=config.linear_batch_size,
+            device=train.device,
         )
-        return [Answer("", best_first(head.logits(chosen.parts), head.classes), words)]
+    else:
+        head = linear.fit(
+            variants,
+            labels,
+            seed=config.seed,
+            steps=config.linear_steps,
+            batch_size=config.linear_batch_size,
+            device=train.device,
+        )
+    words = (
+        f"{linear.PROTOCOL}; {len(variants) * len(linear.LEARNING_RATES)} heads on {_token(features)}, "
+        f"{config.linear_steps} steps of {min(config.linear_batch_size, len(features))}, "
+        f"{'random crops and flips' if config.augment else 'no augmentation'}; "
+        f"chosen lr {head.learning_rate:g}, {head.inputs}"
+    )
+    return _from_head(head, words)
+
+
+def fit_linear_dino(train: Examples, labels: np.ndarray, config: EvaluateConfig) -> Fitted:
+    """DINO's single head: four blocks below 768 dimensions, else the last with the mean patch."""
+    features = train.features
+    variants = linear.input_variants(features.blocks, features.mean_patch, features.has_class_token)
+    last4 = [v for v in variants if "4 blocks" in v.name and "mean" not in v.name]
+    chosen = last4 if features.cls.shape[1] < 768 and last4 else variants
+    wide = [v for v in variants if v.name == "last block + mean patch"]
+    inputs = (chosen if features.cls.shape[1] < 768 else wide or variants)[0]
+    head = linear.fit_dino(inputs, labels, seed=config.seed, device=train.device)
+    return _from_head(head, f"{linear.PROTOCOL_DINO}, {inputs.name} of {_token(features)}, no augmentation")
+
+
+def fit_linear_mae(train: Examples, labels: np.ndarray, config: EvaluateConfig) -> Fitted:
+    """MAE's head behind a batch norm, on the class token of the last block."""
+    features = train.features
+    inputs = linear.Inputs("last block", (features.cls,))
+    head = linear.fit_mae(inputs, labels, seed=config.seed, device=train.device)
+    words = f"{linear.PROTOCOL_MAE}, batch {linear.mae_batch_size(len(features))}, {_token(features)}, no augmentation"
+    return _from_head(head, words)
+
+
+def _from_head(head: linear.Head, words: str) -> Fitted:
+    def answer(val: Examples) -> list[Answer]:
+        features = val.features
+        variants = linear.input_variants(features.blocks, features.mean_patch, features.has_class_token)
+        parts = next(variant.parts for variant in variants if variant.name == head.inputs)
+        return [Answer(best_first(head.logits(parts), head.classes), words)]
 
     return answer
 
 
-PROBES: dict[str, Fit] = {"knn": fit_knn, "linear": fit_linear}
+def fit_logreg(train: Examples, labels: np.ndarray, config: EvaluateConfig) -> Fitted:
+    """DINOv2's logistic regression on the class token."""
+    model = logreg.fit(train.features.cls, labels, seed=config.seed)
+    words = f"{logreg.PROTOCOL}, {_token(train.features)}; chosen C {model.strength:.3g}"
+
+    def answer(val: Examples) -> list[Answer]:
+        return [Answer(best_first(model.logits(val.features.cls), model.classes), words)]
+
+    return answer
 
 
-def best_first(logits: np.ndarray, classes: np.ndarray, places: int = 5) -> np.ndarray:
-    """Labels (m, r) of the largest logits (m, C), ties by label."""
-    return classes[np.argsort(-logits, axis=1, kind="stable")[:, :places]]
+def fit_fewshot(train: Examples, labels: np.ndarray, config: EvaluateConfig) -> Fitted:
+    """Nearest class mean from 1, 5, 10 images of each class and from 1% and 10% of the training set."""
+    features = train.features.cls
+    middle = features.mean(axis=0, dtype=np.float64).astype(np.float32)
+    unit = fewshot.centred(features, middle)
+    draws = range(fewshot.NUM_DRAWS)
+    subsets = {f"{n}shot": [fewshot.draw_shots(labels, n, config.seed, d) for d in draws] for n in fewshot.SHOTS}
+    subsets |= {
+        f"{round(100 * share)}percent": [fewshot.draw_share(labels, share, config.seed, d) for d in draws]
+        for share in fewshot.SHARES
+    }
+    fitted = {
+        name: [fewshot.class_means(unit[index], labels[index]) for index in indices]
+        for name, indices in subsets.items()
+    }
+
+    def answer(val: Examples) -> list[Answer]:
+        queries = fewshot.centred(val.features.cls, middle)
+        return [
+            Answer(
+                Draws(np.stack([c[fewshot.closeness(queries, means).argmax(axis=1)] for means, c in models], axis=1)),
+                f"{fewshot.PROTOCOL}, {_token(train.features)}, {name}: {len(subsets[name][0])} images",
+                f"{name}/",
+            )
+            for name, models in fitted.items()
+        ]
+
+    return answer
 
 
-def score(answers: list[Answer], labels: np.ndarray, num_classes: int) -> list[Score]:
-    """Top-1 of every answer and, with more than 5 classes, top-5, against the validation labels (m,)."""
-    scores = []
-    for answer in answers:
-        hits = answer.ranking == labels[:, None]
-        scores.append(Score(f"{answer.variant}top1", hits[:, 0], answer.protocol))
-        if num_classes > 5:
-            scores.append(Score(f"{answer.variant}top5", hits.any(axis=1), answer.protocol))
+def fit_retrieval(train: Examples, labels: np.ndarray, config: EvaluateConfig) -> Fitted:
+    """Nothing is fitted: each validation image looks for its class among the others."""
+
+    def answer(val: Examples) -> list[Answer]:
+        if len(val.features) < 2:
+            raise InputError("retrieval needs at least two validation images")
+        neighbours = retrieval.leave_one_out(val.features.cls)
+        return [Answer(Neighbours(neighbours), f"{retrieval.PROTOCOL}, {_token(val.features)}")]
+
+    return answer
+
+
+def fit_cluster(train: Examples, labels: np.ndarray, config: EvaluateConfig) -> Fitted:
+    """The number of classes is all that is learned from train."""
+    num_classes = len(np.unique(labels))
+
+    def answer(val: Examples) -> list[Answer]:
+        assignment = cluster.kmeans(val.features.cls, num_classes, config.seed)
+        return [Answer(Clusters(assignment), f"{cluster.PROTOCOL}, {_token(val.features)}")]
+
+    return answer
+
+
+def fit_attentive(train: Examples, labels: np.ndarray, config: EvaluateConfig) -> Fitted:
+    """Learned queries over the patches of the last block."""
+    rows = attentive.affordable_rows(train, config.seed)
+    heads, chosen, classes = attentive.fit(
+        attentive.patch_tokens(train, rows),
+        labels[rows],
+        seed=config.seed,
+        steps=config.attentive_steps,
+        batch_size=config.linear_batch_size,
+        device=train.device,
+    )
+    words = (
+        f"{attentive.PROTOCOL}; {config.attentive_steps} steps of {min(config.linear_batch_size, len(rows))} from "
+        f"{len(rows)} images, no augmentation; chosen lr {attentive.LEARNING_RATES[chosen]:g}"
+    )
+
+    def answer(val: Examples) -> list[Answer]:
+        logits = [
+            attentive.predict(heads, layers[0].patches.half(), train.device)[chosen].numpy()
+            for layers, _ in val.tokens(val.features.indices)
+        ]
+        return [Answer(best_first(np.concatenate(logits), classes), words)]
+
+    return answer
+
+
+def fit_presence(train: Examples, labels: np.ndarray, config: EvaluateConfig) -> Fitted:
+    """Several classes at once: one-vs-rest logistic regression."""
+    predict, strength = regression.fit_presence(train.features.cls, labels, config.seed)
+    words = f"{regression.PROTOCOL_PRESENCE}, {_token(train.features)}; chosen C {strength:g}"
+    return lambda val: [Answer(Presence(predict(val.features.cls)), words)]
+
+
+def fit_numbers(train: Examples, labels: np.ndarray, config: EvaluateConfig) -> Fitted:
+    """Numbers: ridge regression."""
+    predict, penalty = regression.fit_ridge(train.features.cls, labels, config.seed)
+    words = f"{regression.PROTOCOL_RIDGE}, {_token(train.features)}; chosen {penalty:g}"
+    return lambda val: [Answer(Estimates(predict(val.features.cls)), words)]
+
+
+def fit_knn_presence(train: Examples, labels: np.ndarray, config: EvaluateConfig) -> Fitted:
+    """Several classes at once: how many of the neighbours show each."""
+    words = f"{regression.PROTOCOL_KNN}{_clipped(20, len(labels))}, {_token(train.features)}"
+    return lambda val: [Answer(Presence(regression.knn_mean(train.features.cls, labels, val.features.cls)), words)]
+
+
+def fit_knn_numbers(train: Examples, labels: np.ndarray, config: EvaluateConfig) -> Fitted:
+    """Numbers: the mean of the neighbours'."""
+    words = f"{regression.PROTOCOL_KNN}{_clipped(20, len(labels))}, {_token(train.features)}"
+    return lambda val: [Answer(Estimates(regression.knn_mean(train.features.cls, labels, val.features.cls)), words)]
+
+
+CLASS_PROBES: dict[str, Fit] = {
+    "knn": fit_knn,
+    "linear": fit_linear,
+    "linear_dino": fit_linear_dino,
+    "linear_mae": fit_linear_mae,
+    "logreg": fit_logreg,
+    "attentive": fit_attentive,
+    "fewshot": fit_fewshot,
+    "retrieval": fit_retrieval,
+    "cluster": fit_cluster,
+}
+PRESENCE_PROBES: dict[str, Fit] = {"knn": fit_knn_presence, "linear": fit_presence, "logreg": fit_presence}
+NUMBER_PROBES: dict[str, Fit] = {"knn": fit_knn_numbers, "linear": fit_numbers}
+
+
+def probe_for(name: str, labels: np.ndarray, label: str) -> Fit:
+    """The probe `name` for these labels: (n,) int classes, (n, C) int of 0 and 1, or (n,) float numbers."""
+    kind, probes = "one class per image", CLASS_PROBES
+    if labels.ndim == 2:
+        kind, probes = "several classes at once", PRESENCE_PROBES
+    elif labels.dtype.kind == "f":
+        kind, probes = "numbers", NUMBER_PROBES
+    if name not in probes:
+        raise InputError(f"protocol {name} cannot judge label {label!r} ({kind}); use {', '.join(probes)}")
+    return probes[name]
+
+
+def fit_segmentation(train: Examples, config: EvaluateConfig) -> Fitted:
+    """Linear and k-NN on patches; the masks of the training set are its labels."""
+    dense.check_masks(train.source)
+    rows = dense.affordable_rows(train, config.seed)
+    rows = np.random.default_rng([config.seed, len(rows)]).permutation(rows)  # the last tenth chooses
+    patches = dense.training_patches(train, train.source, rows)
+    per_image = len(patches.tokens) // len(rows)
+    linear_head = dense.LinearHead(patches, num_choosing=max(1, len(rows) // 10) * per_image)
+    facts = f"{len(rows)} images of {per_image} patches"
+
+    def answer(val: Examples) -> list[Answer]:
+        methods: dict[str, tuple[dense.Method, str]] = {
+            "linear/": (linear_head, f"{dense.PROTOCOL_LINEAR}; chosen C {linear_head.strength:g}; {facts}"),
+            "knn/": (dense.NearestPatches(patches), f"{dense.PROTOCOL_KNN}; {facts}"),
+        }
+        said: dict[str, list[np.ndarray]] = {name: [] for name in methods}
+        for layers, _ in val.tokens(val.features.indices):
+            for name, (method, _) in methods.items():
+                maps = dense.to_pixels(method(layers[0].patches.cpu()), val.preprocessing.image_size)
+                said[name].append(maps.byte().numpy())
+        return [Answer(Maps(np.concatenate(said[name])), words, name) for name, (_, words) in methods.items()]
+
+    return answer
+
+
+def measure_health(train: Examples, config: EvaluateConfig) -> list[Score]:
+    """Numbers of the training features that need no labels."""
+    features, seed = train.features.cls, config.seed
+    some = health.sample(features, health.MAX_IMAGES, seed)
+    few = health.sample(features, health.MAX_PAIRED, seed)
+    words = f"{health.PROTOCOL}, {_token(train.features)}"
+    scores = [
+        score_resampled("rankme", lambda rows: health.rankme(some[rows]), len(some), words, seed, 40),
+        score_resampled("spectrum_decay", lambda rows: health.spectrum_decay(some[rows]), len(some), words, seed, 40),
+        score_resampled("feature_std", lambda rows: health.feature_std(some[rows]), len(some), words, seed, 40),
+        score_resampled("uniformity", lambda rows: health.uniformity(few[np.unique(rows)]), len(few), words, seed, 40),
+    ]
+    if train.module is not None:
+        first, second = augmented.two_views(train, health.MAX_PAIRED, seed)
+        views = f"{words}, two random crops of {len(first)} images"
+        scores.append(
+            score_resampled(
+                "alignment", lambda rows: health.alignment(first[rows], second[rows]), len(first), views, seed, 200
+            )
+        )
     return scores
+
+
+def best_first(logits: np.ndarray, classes: np.ndarray, places: int = 5) -> Ranking:
+    """The labels of the largest logits (m, C), ties by label."""
+    return Ranking(classes[np.argsort(-logits, axis=1, kind="stable")[:, :places]], len(classes))
 
 
 def _token(features: Features) -> str:
@@ -97,4 +317,4 @@ def _token(features: Features) -> str:
 
 
 def _clipped(k: int, num_train: int) -> str:
-    return "" if k <= num_train else f" (clipped to the {num_train} training images)"
+    return "" if k <= num_train else f" (clipped to {num_train} training images)"

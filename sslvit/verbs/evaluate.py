@@ -1,7 +1,7 @@
 """`sslvit evaluate`: how good is an encoder? Numbers on labelled images, each with interval, protocol and controls.
 
-Reads top to bottom: open the sets, load encoder and controls, extract features once, run each probe, write rows.
-Each (encoder or control, probe) is a cell; finished cells are kept in OUT/cells/ and not measured again.
+Reads top to bottom: open the sets, load encoder and controls, extract features once, run each probe, write rows. Each
+(encoder or control, probe) is a cell: what is finished is kept in OUT/evaluate/cells/ and not measured again.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,17 +19,28 @@ import torch
 
 from sslvit.config import EvaluateConfig, check_config, load_config
 from sslvit.data.sources import Source, open_source
+from sslvit.encoder.config import Preprocessing
 from sslvit.encoder.weights import LoadedEncoder, load_encoder, random_like
 from sslvit.errors import InputError
-from sslvit.probes.features import Features, extract, pixel_features, source_digest
-from sslvit.probes.protocols import PROBES, Score, score
-from sslvit.probes.rows import Row, add_results, bootstrap_ci, describe, row
+from sslvit.probes import segmentation
+from sslvit.probes.config import check_evaluate
+from sslvit.probes.features import Examples, Extraction, Features, default_precision, source_digest
+from sslvit.probes.label_file import with_label_file
+from sslvit.probes.protocols import fit_segmentation, measure_health, probe_for
+from sslvit.probes.rows import Row, describe, row
+from sslvit.probes.scores import Score, mean_score, score
+from sslvit.run_folder import RunFolder, default_output_dir
 
-CONTROLS = ("random_init", "pixels")
-NUM_BLOCKS = 4  # what the linear grid reads
+#: What an answer of each probe depends on, beside the encoder, the images and the seed.
+PROBE_KEYS = {
+    "linear": ("linear_steps", "linear_batch_size", "augment"),
+    "attentive": ("attentive_steps", "linear_batch_size"),
+}
+UNSEEN = -2  # a class that the training set does not name: always wrong
+NO_PIXELS = ("attentive",)  # probes that make no sense on raw pixels
 
 
-@dataclass
+@dataclass(frozen=True)
 class Subject:
     """What is judged: the encoder (control "") or one of the controls. encoder is None for raw pixels."""
 
@@ -40,7 +50,7 @@ class Subject:
     @property
     def fingerprint(self) -> str:
         """Tells one set of weights from another."""
-        return self.encoder.fingerprint if self.encoder is not None else "pixels"
+        return f"{self.encoder.fingerprint} {self.encoder.architecture}" if self.encoder is not None else "pixels"
 
 
 def evaluate(*, config_file: str | Path | None = None, output_dir: str | Path | None = None, **keys: Any) -> list[Row]:
@@ -53,49 +63,24 @@ def evaluate(*, config_file: str | Path | None = None, output_dir: str | Path | 
             keys[key] = [part.strip() for part in keys[key].split(",") if part.strip()]
     config = load_config(EvaluateConfig, config_file, keys)
     check_config(config)
-    _check_names(config)
-    folder = Path(output_dir or default_output_dir(str(config.encoder)))
-    train, val = open_source(str(config.train_dataset)), open_source(str(config.val_dataset))
-    labels = shared_labels(train, val)
-    rows = []
-    for subject in _subjects(config):
-        rows += _judge(subject, train, val, labels, config, folder)
-    print(f"{folder / 'results.json'}: {len(rows)} rows")
+    check_evaluate(config)
+    path = Path(output_dir or default_output_dir("evaluate", config.encoder))
+    train, val = _open(config.train_dataset, config), _open(config.val_dataset, config)
+    with RunFolder.open(path, "evaluate", config, free_keys=["*"], overwrite=config.overwrite) as folder:
+        rows = [row for subject in _subjects(config) for row in judge(subject, train, val, config, folder)]
+        folder.finish()
+    print(f"{path / 'results.json'}: {len(rows)} rows")
     return rows
 
 
-def default_output_dir(encoder: str) -> Path:
-    """runs/evaluate-NAME, NAME from the end of the encoder's spec."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", encoder.rstrip("/").split("/")[-1]).strip("-.")
-    return Path("runs") / f"evaluate-{name or 'encoder'}"
-
-
-def _check_names(config: EvaluateConfig) -> None:
-    for name in config.protocol:
-        if name not in PROBES:
-            raise InputError(f"protocol {name!r} is unknown; there are {', '.join(PROBES)}")
-    for name in config.controls:
-        if name not in CONTROLS:
-            raise InputError(f"control {name!r} is unknown; there are {', '.join(CONTROLS)} (controls=[] for none)")
-    if not config.protocol:
-        raise InputError(f"protocol is empty; give at least one of {', '.join(PROBES)}")
-
-
-def shared_labels(train: Source, val: Source) -> list[str]:
-    """Names of the labels both sets have; InputError when there is none."""
-    for source in (train, val):
-        if not source.labels:
-            raise InputError(f"{source.spec} has no labels; evaluate needs class folders, a label column or .cls files")
-    shared = [name for name in train.labels if name in val.labels]
-    if not shared:
-        raise InputError(
-            f"the sets share no label: train has {', '.join(train.labels)}, val has {', '.join(val.labels)}"
-        )
-    return shared
+def _open(spec: str | None, config: EvaluateConfig) -> Source:
+    source = open_source(str(spec))
+    return source if config.label_file is None else with_label_file(source, config.label_file)
 
 
 def _subjects(config: EvaluateConfig) -> Iterator[Subject]:
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    """The encoder, then the controls, one in memory at a time."""
+    device = _device(config)
     encoder = load_encoder(str(config.encoder), device=device)
     if config.image_size is not None:
         encoder = replace(encoder, preprocessing=replace(encoder.preprocessing, image_size=config.image_size))
@@ -106,126 +91,159 @@ def _subjects(config: EvaluateConfig) -> Iterator[Subject]:
         yield Subject("pixels", None)
 
 
-def _judge(
-    subject: Subject, train: Source, val: Source, labels: list[str], config: EvaluateConfig, folder: Path
-) -> list[Row]:
+def _device(config: EvaluateConfig) -> str:
+    return config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def judge(subject: Subject, train: Source, val: Source, config: EvaluateConfig, folder: RunFolder) -> list[Row]:
     """All probes on one subject; features are extracted when the first unfinished cell asks for them."""
-    sets: tuple[Features, Features] | None = None
+    sets = _examples(subject, train, config, folder), _examples(subject, val, config, folder)
+    digest = [source_digest(one.source, one.selection) for one in sets]
     rows: list[Row] = []
     for name in config.protocol:
-        cell = _cell(subject, name, train, val, config, folder)
-        if cell.exists() and not config.overwrite:
-            finished = json.loads(cell.read_text())
-        else:
-            sets = sets or (_features(subject, train, config, folder), _features(subject, val, config, folder))
-            finished = _measure(subject, name, *sets, labels, config)
-            _write_json(cell, finished)
-        add_results(folder / "results.json", finished)
+        if subject.encoder is None and name in NO_PIXELS:
+            continue
+        cell = _cell(subject, name, digest, sets, config)
+        finished = None if config.overwrite else folder.read_json(cell)
+        if finished is None:
+            finished = [_row(subject, name, one, sets, config) for one in _measure(name, *sets, config)]
+            _keep(folder, cell, finished)
+        folder.add_results(finished)
         for entry in finished:
-            low, high = entry["ci95"]
-            print(f"{entry['name']:32s} {entry['value']:.4f}  [{low:.4f}, {high:.4f}]  {entry['protocol']}")
+            print(_line(entry), flush=True)
         rows += finished
     return rows
 
 
-def _cell(subject: Subject, name: str, train: Source, val: Source, config: EvaluateConfig, folder: Path) -> Path:
-    """Where the rows of one probe on one subject are kept: named by everything they depend on."""
-    settings = {
-        key: getattr(config, key)
-        for key in ("train_dataset", "val_dataset", "image_size", "seed", "precision", "augment", "num_images")
-    }
-    if name == "linear":
-        settings |= {"steps": config.linear_steps, "batch_size": config.linear_batch_size}
-    content = [source_digest(source, np.arange(len(source))) for source in (train, val)]
-    text = json.dumps([subject.control, name, subject.fingerprint, settings, content], sort_keys=True)
-    return (
-        folder
-        / "cells"
-        / f"{name}-{subject.control or 'encoder'}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
-    )
-
-
-def _features(subject: Subject, source: Source, config: EvaluateConfig, folder: Path) -> Features:
-    num_workers = config.num_workers or 0
-    if subject.encoder is None:
-        return pixel_features(source, num_workers=num_workers, num_images=config.num_images, seed=config.seed)
-    encoder = subject.encoder
-    device = next(encoder.module.parameters()).device
-    return extract(
-        encoder.module,
-        encoder.preprocessing,
-        source,
-        fingerprint=encoder.fingerprint,
-        num_blocks=min(NUM_BLOCKS, len(encoder.module.blocks)),
+def _examples(subject: Subject, source: Source, config: EvaluateConfig, folder: RunFolder) -> Examples:
+    device = _device(config)
+    extraction = Extraction(
         batch_size=config.batch_size,
         device=device,
-        precision=config.precision or "fp32",
-        num_workers=num_workers,
+        precision=config.precision or default_precision(device),
+        num_workers=config.num_workers,
         num_images=config.num_images,
         seed=config.seed,
-        cache_dir=Path(os.environ.get("SSLVIT_CACHE") or folder / "features"),
+        cache_dir=Path(os.environ.get("SSLVIT_CACHE") or folder.path / "features"),
     )
+    if subject.encoder is None:
+        return Examples(source, None, Preprocessing(32), extraction, subject.fingerprint)
+    return Examples(source, subject.encoder.module, subject.encoder.preprocessing, extraction, subject.fingerprint)
 
 
-def _measure(
-    subject: Subject, name: str, train: Features, val: Features, labels: list[str], config: EvaluateConfig
-) -> list[Row]:
-    """One probe on one subject: fit on train, answer for val, score once per label; the mean over several labels."""
-    per_label: dict[str, list[Score]] = {}
-    for label in labels:
-        train_labels, val_labels = train.labels[label], align_labels(train, val, label)
-        fitted = PROBES[name](train, train_labels, config)
-        per_label[label] = score(fitted(val), val_labels, len(np.unique(train_labels)))
-    prefix = f"{name}/{subject.control}" if subject.control else name
-    rows = [_row(f"{prefix}/{s.metric}", [s], train, val, config, subject) for s in per_label[labels[0]]]
-    if len(labels) == 1:
-        return rows
-    by_metric: dict[str, list[Score]] = {}
-    rows = []
-    for label, scores in per_label.items():
-        for s in scores:
-            by_metric.setdefault(s.metric, []).append(s)
-            rows.append(_row(f"{prefix}/{label}/{s.metric}", [s], train, val, config, subject))
-    means = [
-        _row(f"{prefix}/{metric}", scores, train, val, config, subject)
-        for metric, scores in by_metric.items()
-        if len(scores) == len(labels)
+def _cell(
+    subject: Subject, name: str, digest: list[str], sets: tuple[Examples, Examples], config: EvaluateConfig
+) -> str:
+    """Where the rows of one probe on one subject are kept: named by everything they depend on."""
+    labels = [
+        {label: hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest() for label, values in labels.items()}
+        for labels in (one.source.labels for one in sets)
     ]
-    return means + rows
+    settings = {
+        key: getattr(config, key) for key in ("train_dataset", "val_dataset", "seed", *PROBE_KEYS.get(name, ()))
+    }
+    facts = [name, subject.control, subject.fingerprint, digest, labels, settings]
+    facts += [str(sets[0].preprocessing), sets[0].extraction.precision]
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    return f"evaluate/cells/{name}-{subject.control or 'encoder'}-{key}.json"
+
+
+def _keep(folder: RunFolder, cell: str, rows: list[Row]) -> None:
+    (folder.path / cell).parent.mkdir(parents=True, exist_ok=True)
+    folder.write_json(cell, rows)
+
+
+def _measure(name: str, train: Examples, val: Examples, config: EvaluateConfig) -> list[Score]:
+    """One probe on one subject: fit on train, answer for val without its labels, score once."""
+    if name == "health":
+        return measure_health(train, config)
+    if name == "segmentation":
+        segmentation.check_masks(train.source, val.source)
+        answers = fit_segmentation(train, config)(val.take(np.arange(len(val.features)), labels=False))
+        maps = [segmentation.class_map(val.source, int(i), val.preprocessing) for i in val.features.indices]
+        return score(answers, torch.stack(maps).numpy(), config.seed)
+    labels = shared_labels(train.source, val.source)
+    per_label = {label: _measure_label(name, label, train, val, config) for label in labels}
+    if len(labels) == 1:
+        return per_label[labels[0]]
+    metrics = {one.metric for one in per_label[labels[0]]}.intersection(
+        *({one.metric for one in scores} for scores in per_label.values())
+    )
+    by_metric = {
+        one.metric: [other for scores in per_label.values() for other in scores if other.metric == one.metric]
+        for one in per_label[labels[0]]
+        if one.metric in metrics
+    }
+    named = [replace(one, metric=f"{label}/{one.metric}") for label, scores in per_label.items() for one in scores]
+    return [mean_score(scores, config.seed) for scores in by_metric.values()] + named
+
+
+def shared_labels(train: Source, val: Source) -> list[str]:
+    """Names of the labels both sets have; InputError when there is none."""
+    for source in (train, val):
+        if not source.labels:
+            raise InputError(
+                f"{source.spec} has no labels; give class folders, a label column, .cls files or label_file=CSV"
+            )
+    shared = [name for name in train.labels if name in val.labels]
+    if not shared:
+        has = [", ".join(source.labels) for source in (train, val)]
+        raise InputError(f"the sets share no label: the training set has {has[0]}, the validation set {has[1]}")
+    return shared
+
+
+def _measure_label(name: str, label: str, train: Examples, val: Examples, config: EvaluateConfig) -> list[Score]:
+    train_labels, val_labels = train.features.labels[label], align_labels(train.features, val.features, label)
+    known, judged = _known(train_labels), _known(val_labels)
+    if not known.any() or not judged.any():
+        empty = (train if not known.any() else val).source.spec
+        raise InputError(f"{empty}: label {label!r} is unknown for every image")
+    fitted = probe_for(name, train_labels, label)(
+        train.take(np.flatnonzero(known), labels=True), train_labels[known], config
+    )
+    answers = fitted(val.take(np.flatnonzero(judged), labels=False))
+    return score(answers, val_labels[judged], config.seed)
+
+
+def _known(labels: np.ndarray) -> np.ndarray:
+    """(n,) bool: is the label of the image known? -1 and NaN are not."""
+    if labels.dtype.kind == "f":
+        return np.isfinite(labels)
+    return labels.min(axis=1) >= 0 if labels.ndim == 2 else labels != -1
 
 
 def align_labels(train: Features, val: Features, label: str) -> np.ndarray:
-    """Validation labels (m,) in the numbering of train: by class name where both name them, -1 for unseen names."""
+    """Validation labels (m,) in the numbering of train: by class name where both name them, UNSEEN for new names."""
     values = val.labels[label]
     known, names = train.class_names.get(label), val.class_names.get(label)
-    if not known or not names or known == names:
+    if not known or not names or known == names or values.ndim > 1:
         return values
-    table = np.array([known.index(name) if name in known else -1 for name in names], dtype=np.int64)
-    return np.where((values >= 0) & (values < len(names)), table[values.clip(0, len(names) - 1)], -1)
+    table = np.array([known.index(name) if name in known else UNSEEN for name in names], dtype=np.int64)
+    return np.where(values < 0, values, table[values.clip(0, len(names) - 1)])
 
 
-def _row(
-    name: str, scores: list[Score], train: Features, val: Features, config: EvaluateConfig, subject: Subject
-) -> Row:
-    """The row of one score, or of the mean of the same score over several labels (image by image)."""
-    per_image = np.mean([s.per_image for s in scores], axis=0)
-    words = scores[0].protocol if len(scores) == 1 else f"mean over {len(scores)} labels; {scores[0].protocol}"
-    preprocessing = subject.encoder.preprocessing if subject.encoder is not None else None
-    size = "32 px" if preprocessing is None else f"{preprocessing.image_size} px, crop {preprocessing.crop_pct:g}"
-    protocol = describe(words, images=size, train=len(train), val=len(val), precision=config.precision or "fp32")
+def _row(subject: Subject, name: str, one: Score, sets: tuple[Examples, Examples], config: EvaluateConfig) -> Row:
+    """The row of one score: its full name, and all that the number rests on."""
+    train, val = sets
+    preprocessing = train.preprocessing
+    protocol = describe(
+        one.protocol,
+        images=f"{preprocessing.image_size} px, crop {preprocessing.crop_pct:g}",
+        n_train=len(train.features),
+        n_val=len(val.features),
+        precision=train.extraction.precision,
+    )
     return row(
-        name,
-        float(per_image.mean()),
-        ci95=bootstrap_ci(per_image, config.seed),
+        "/".join(part for part in (name, subject.control, one.metric) if part),
+        one.value,
+        ci95=one.ci95,
         protocol=protocol,
         data=f"{config.train_dataset} -> {config.val_dataset}",
         seed=config.seed,
-        step=getattr(subject.encoder, "step", None),
+        step=None if subject.encoder is None else subject.encoder.step,
     )
 
 
-def _write_json(file: Path, value: Any) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.partial-{os.getpid()}")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(partial, file)
+def _line(entry: Row) -> str:
+    interval = "" if entry["ci95"] is None else "[{:.4f}, {:.4f}]".format(*entry["ci95"])
+    return f"{entry['name']:32s} {entry['value']:8.4f}  {interval:18s}  {entry['protocol']}"

@@ -1,0 +1,218 @@
+"""What fitted probes may say about the validation images, and the one place where that meets the labels.
+
+A probe answers without the labels (see protocols.py); `score` compares its answer with them, once. Each score carries
+the 95% bootstrap interval over validation images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from sslvit.errors import InputError
+from sslvit.probes import cluster, retrieval, segmentation
+from sslvit.probes.rows import bootstrap_ci, percentiles
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Labels (m, r) of each image, the likeliest first; scored by top-1 and, with more than 5 classes, top-5."""
+
+    labels: np.ndarray
+    num_classes: int
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Predicted labels (m, d) of d repetitions; the score of an image is its mean over them."""
+
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Indices (m, k) of the other validation images nearest to each."""
+
+    indices: np.ndarray
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Cluster (m,) of each image."""
+
+    assignment: np.ndarray
+
+
+@dataclass(frozen=True)
+class Presence:
+    """Score (m, C) of each class being present; labels are 0 or 1, (m, C). Scored by mAP over classes."""
+
+    scores: np.ndarray
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """Estimated number (m,) of each image. Scored by R2."""
+
+    values: np.ndarray
+
+
+@dataclass(frozen=True)
+class Maps:
+    """Class (m, H, W) uint8 of every pixel. Scored by mIoU against masks."""
+
+    classes: np.ndarray
+
+
+Said = Ranking | Draws | Neighbours | Clusters | Presence | Estimates | Maps
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a fitted probe says. variant: "" or like "k10/"; protocol: how it came about, in words."""
+
+    said: Said
+    protocol: str
+    variant: str = ""
+
+
+@dataclass(frozen=True)
+class Score:
+    """One measured number. metric: "top1", "k10/top1", ...; per_image (m,): what the value is the mean of, if any."""
+
+    metric: str
+    value: float
+    ci95: tuple[float, float] | None
+    protocol: str
+    per_image: np.ndarray | None = None
+
+
+def score(answers: Sequence[Answer], labels: np.ndarray, seed: int) -> list[Score]:
+    """Compare answers with the validation labels: (m,) classes or numbers, or (m, C) of 0 and 1."""
+    return [measured for answer in answers for measured in _score_one(answer, labels, seed)]
+
+
+def mean_score(scores: Sequence[Score], seed: int) -> Score:
+    """The mean of the same metric over several labels, image by image where that is possible."""
+    words = f"mean over {len(scores)} labels; {scores[0].protocol}"
+    images = [s.per_image for s in scores if s.per_image is not None]
+    if len(images) == len(scores) and len({len(values) for values in images}) == 1:
+        return _per_image(scores[0].metric, np.mean(images, axis=0), words, seed)
+    return Score(scores[0].metric, float(np.mean([s.value for s in scores])), None, words)
+
+
+def _per_image(metric: str, values: np.ndarray, protocol: str, seed: int) -> Score:
+    values = values.astype(np.float64)
+    return Score(metric, float(values.mean()), bootstrap_ci(values, seed), protocol, values)
+
+
+def _score_one(answer: Answer, labels: np.ndarray, seed: int) -> list[Score]:
+    said, protocol = answer.said, answer.protocol
+    if isinstance(said, Ranking):
+        hits = said.labels == labels[:, None]
+        scores = [_per_image(f"{answer.variant}top1", hits[:, 0], protocol, seed)]
+        if said.num_classes > 5:
+            scores.append(_per_image(f"{answer.variant}top5", hits.any(axis=1), protocol, seed))
+        return scores
+    if isinstance(said, Draws):
+        return [_per_image(f"{answer.variant}top1", (said.labels == labels[:, None]).mean(axis=1), protocol, seed)]
+    if isinstance(said, Neighbours):
+        return _score_neighbours(said, labels, protocol, seed)
+    if isinstance(said, Clusters):
+        return _score_clusters(said, labels, protocol, seed)
+    if isinstance(said, Presence):
+        return _score_presence(said, labels, protocol, seed)
+    if isinstance(said, Maps):
+        return [_score_maps(said, labels, protocol, seed, answer.variant)]
+    return _score_estimates(said, labels, protocol, seed)
+
+
+def _score_neighbours(said: Neighbours, labels: np.ndarray, protocol: str, seed: int) -> list[Score]:
+    _, ids, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    others = counts[ids] - 1
+    queries = others > 0
+    if not queries.any():
+        raise InputError("retrieval needs a class with two validation images; every class here has one")
+    relevant = labels[said.indices[queries]] == labels[queries][:, None]
+    words = f"{protocol}, {queries.sum()} queries"
+    scores = [
+        _per_image(f"r{k}", retrieval.recall_at(relevant, k), words, seed)
+        for k in retrieval.RECALL_AT
+        if k <= relevant.shape[1]
+    ]
+    average = retrieval.average_precision_at_r(relevant, others[queries])
+    return [*scores, _per_image("map_at_r", average, f"{words}, R at most {relevant.shape[1]}", seed)]
+
+
+def _score_clusters(said: Clusters, labels: np.ndarray, protocol: str, seed: int) -> list[Score]:
+    table = cluster.contingency(labels, said.assignment)
+    resampled = np.random.default_rng([seed, table.sum()]).multinomial(
+        table.sum(), table.ravel() / table.sum(), size=500
+    )
+    measures = {"nmi": cluster.normalised_mutual_information, "ari": cluster.adjusted_rand_index}
+    return [
+        Score(name, measure(table), percentiles([measure(t.reshape(table.shape)) for t in resampled]), protocol)
+        for name, measure in measures.items()
+    ]
+
+
+def _score_maps(said: Maps, truth: np.ndarray, protocol: str, seed: int, variant: str) -> Score:
+    pairs = zip(torch.from_numpy(truth), torch.from_numpy(said.classes), strict=True)
+    tables = np.stack([segmentation.confusion(true.long(), guess.long()) for true, guess in pairs]).astype(np.float64)
+    flat = tables.reshape(len(tables), -1)
+    weights = np.random.default_rng([seed, len(flat)]).multinomial(len(flat), np.full(len(flat), 1 / len(flat)), 1000)
+    resampled = segmentation.mean_iou((weights @ flat).reshape(-1, *tables.shape[1:]))
+    return Score(f"{variant}miou", float(segmentation.mean_iou(tables.sum(axis=0))), percentiles(resampled), protocol)
+
+
+def average_precision(scores: np.ndarray, present: np.ndarray) -> float:
+    """Area under precision-recall by steps, for one class: `scores` (m,), `present` (m,) bool with at least one True.
+
+    Images of equal score enter together, as in scikit-learn's `average_precision_score`.
+    """
+    order = np.argsort(-scores, kind="stable")
+    hits = np.cumsum(present[order])
+    ends = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)
+    gained = np.diff(hits[ends], prepend=0)
+    return float((gained * hits[ends] / (ends + 1)).sum() / hits[-1])
+
+
+def _score_presence(said: Presence, labels: np.ndarray, protocol: str, seed: int) -> list[Score]:
+    def mean_average_precision(rows: np.ndarray) -> float:
+        present = labels[rows] > 0
+        columns = np.flatnonzero(present.any(axis=0))
+        return float(np.mean([average_precision(said.scores[rows, c], present[:, c]) for c in columns]))
+
+    if not (labels > 0).any():
+        raise InputError("no class is present in any validation image, so mAP is undefined; check the labels")
+    return [score_resampled("map", mean_average_precision, len(labels), protocol, seed)]
+
+
+def _score_estimates(said: Estimates, labels: np.ndarray, protocol: str, seed: int) -> list[Score]:
+    def r2(rows: np.ndarray) -> float:
+        spread = np.square(labels[rows] - labels[rows].mean()).sum()
+        return float(1 - np.square(labels[rows] - said.values[rows]).sum() / spread) if spread > 0 else float("nan")
+
+    if np.ptp(labels) == 0:
+        raise InputError("all validation images have the same number as label, so R2 is undefined")
+    return [score_resampled("r2", r2, len(labels), protocol, seed)]
+
+
+def score_resampled(
+    metric: str,
+    measure: Callable[[np.ndarray], float],
+    num_images: int,
+    protocol: str,
+    seed: int,
+    num_resamples: int = 200,
+) -> Score:
+    """A statistic `measure(rows)` of all images at once, bootstrapped over images; undefined draws are left out."""
+    generator = np.random.default_rng([seed, num_images])
+    draws = [generator.integers(0, num_images, num_images) for _ in range(num_resamples)]
+    with np.errstate(all="ignore"):
+        values = [value for value in map(measure, draws) if np.isfinite(value)]
+        whole = measure(np.arange(num_images))
+    return Score(metric, whole, percentiles(values) if values else None, protocol)

@@ -1,0 +1,171 @@
+"""Semantic segmentation from frozen patch tokens: a linear head and k-NN on patches, scored by mIoU over pixels.
+
+Targets of a patch are the shares of its pixels in each class: the linear head (L-BFGS, as logreg.py) is fitted to
+them, k-NN (k 30, cosine, votes exp(sim/.07); CAPI, arXiv:2502.08769, section 4 has both) votes with them. Patch scores
+are enlarged bilinearly to pixels. Truth comes from sets that hold masks: sslvit's scenes, whose classes are the
+background and the shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, interpolate
+
+from sslvit.data.scene_shapes import SHAPES
+from sslvit.data.scenes import Scenes
+from sslvit.data.sources import Source
+from sslvit.encoder.config import Preprocessing
+from sslvit.errors import InputError
+from sslvit.probes.features import Examples
+from sslvit.probes.knn import TEMPERATURE, nearest
+
+NUM_CLASSES = 1 + len(SHAPES)
+MAX_PATCHES = 200_000  # of the training set
+NUM_NEIGHBOURS = 30
+STRENGTHS = (1e-2, 1e-1, 1.0, 10.0, 100.0)  # C of the linear head, chosen on 10% of the training images
+PROTOCOL_LINEAR = "segmentation, linear on patches: L-BFGS, C chosen on 10% of train, bilinear to pixels"
+PROTOCOL_KNN = f"segmentation, k-NN on patches: k {NUM_NEIGHBOURS}, cosine, votes exp(sim/.07), bilinear to pixels"
+
+
+Method = Callable[[Tensor], Tensor]  # tokens (B, N, D) to class scores (B, N, K)
+
+
+@dataclass(frozen=True)
+class Patches:
+    """tokens (n, D) float32 of all patches of some images; shares (n, K) of their pixels in each class."""
+
+    tokens: np.ndarray
+    shares: np.ndarray
+
+
+def check_masks(*sources: Source) -> None:
+    """InputError for a set without masks."""
+    for source in sources:
+        if not isinstance(source, Scenes):
+            raise InputError(f"{source.spec} has no masks; segmentation is measured on scenes: only")
+
+
+def class_map(source: Source, index: int, preprocessing: Preprocessing) -> Tensor:
+    """(size, size) int64, cut as the encoder sees the (square) image: 0 background, 1 + the number of the shape."""
+    assert isinstance(source, Scenes)
+    whole = np.zeros((source.size, source.size), dtype=np.uint8)
+    for one, mask in zip(source.graph(index).objects, source.masks(index), strict=True):
+        whole[mask] = 1 + SHAPES.index(one.shape)
+    side, shorter = preprocessing.image_size, int(preprocessing.image_size / preprocessing.crop_pct)
+    maps = interpolate(torch.from_numpy(whole)[None, None], size=(shorter, shorter), mode="nearest-exact")[0, 0]
+    corner = round((shorter - side) / 2)
+    return maps[corner : corner + side, corner : corner + side].long()
+
+
+def shares_of(maps: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Shares (B, N, K) of the pixels of each patch in each class, from class maps (B, H, W)."""
+    one_hot = torch.nn.functional.one_hot(maps, NUM_CLASSES).permute(0, 3, 1, 2).float()
+    return torch.nn.functional.adaptive_avg_pool2d(one_hot, grid).flatten(2).transpose(1, 2)
+
+
+def square(num_patches: int) -> tuple[int, int]:
+    """The grid (h, w) of a square image's patches."""
+    side = round(num_patches**0.5)
+    assert side * side == num_patches, num_patches
+    return side, side
+
+
+def training_patches(train: Examples, truth: Source, rows: np.ndarray) -> Patches:
+    """Patches and targets of the images at `rows` of train.features."""
+    tokens, shares = [], []
+    for layers, indices in train.tokens(train.features.indices[rows]):
+        patches = layers[0].patches
+        maps = torch.stack([class_map(truth, int(i), train.preprocessing) for i in indices])
+        tokens.append(patches.flatten(0, 1).cpu())
+        shares.append(shares_of(maps, square(patches.shape[1])).flatten(0, 1))
+    return Patches(torch.cat(tokens).numpy(), torch.cat(shares).numpy())
+
+
+def affordable_rows(train: Examples, seed: int) -> np.ndarray:
+    """Rows of train whose patches are at most MAX_PATCHES: all, or a keyed sample."""
+    layers, _ = next(iter(train.tokens(train.features.indices[:1])))
+    at_most = max(2, MAX_PATCHES // layers[0].patches.shape[1])
+    num_rows = len(train.features)
+    if at_most >= num_rows:
+        return np.arange(num_rows)
+    return np.sort(np.random.default_rng([seed, num_rows]).choice(num_rows, at_most, replace=False))
+
+
+class LinearHead:
+    """Class scores of patches by a linear map of standardised tokens."""
+
+    def __init__(self, patches: Patches, num_choosing: int) -> None:
+        """Fit for each C without the last `num_choosing` patches, which choose; then the chosen C on all."""
+        self.mean = patches.tokens.mean(axis=0)
+        self.scale = 1 / (patches.tokens.std(axis=0) + 1e-6)
+        x = torch.from_numpy((patches.tokens - self.mean) * self.scale)
+        y = torch.from_numpy(patches.shares)
+        fitting = slice(0, len(x) - num_choosing)
+        choosing = slice(len(x) - num_choosing, None)
+        losses = []
+        for strength in STRENGTHS:
+            solution = fit_shares(x[fitting], y[fitting], strength)
+            losses.append(float(cross_entropy(x[choosing] @ solution[:-1] + solution[-1], y[choosing])))
+        self.strength = STRENGTHS[int(np.argmin(losses))]
+        self.solution = fit_shares(x, y, self.strength)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Log scores (B, N, K) of tokens (B, N, D)."""
+        x = (tokens - torch.from_numpy(self.mean)) * torch.from_numpy(self.scale)
+        return x @ self.solution[:-1] + self.solution[-1]
+
+
+def fit_shares(x: Tensor, y: Tensor, strength: float, max_steps: int = 200) -> Tensor:
+    """(D + 1, K): weights, and the bias in the last row, for soft targets y (n, K); objective as in logreg.py."""
+    solution = torch.zeros(x.shape[1] + 1, y.shape[1]).requires_grad_()
+    optimizer = torch.optim.LBFGS([solution], max_iter=max_steps, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = cross_entropy(torch.addmm(solution[-1], x, solution[:-1]), y)
+        loss = loss + solution[:-1].square().sum() / (2 * len(x) * strength)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return solution.detach()
+
+
+class NearestPatches:
+    """Class shares of patches by the shares of the training patches most like them."""
+
+    def __init__(self, patches: Patches) -> None:
+        self.patches = patches
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Shares (B, N, K) of tokens (B, N, D)."""
+        similarities, indices = nearest(self.patches.tokens, tokens.flatten(0, 1).numpy(), NUM_NEIGHBOURS)
+        weights = np.exp((similarities - similarities[:, :1]) / TEMPERATURE)[:, :, None]
+        votes = (weights * self.patches.shares[indices]).sum(axis=1) / weights.sum(axis=1)
+        return torch.from_numpy(votes.astype(np.float32)).view(*tokens.shape[:2], -1)
+
+
+def to_pixels(scores: Tensor, size: int) -> Tensor:
+    """Class of each pixel, (B, size, size), from patch scores (B, N, K)."""
+    height, width = square(scores.shape[1])
+    maps = scores.transpose(1, 2).reshape(len(scores), -1, height, width)
+    return interpolate(maps, size=(size, size), mode="bilinear", align_corners=False).argmax(dim=1)
+
+
+def confusion(truth: Tensor, said: Tensor) -> np.ndarray:
+    """(K, K) counts of pixels, truth by row, from two maps of classes of one shape."""
+    flat = torch.bincount((truth * NUM_CLASSES + said).flatten(), minlength=NUM_CLASSES**2)
+    return flat.view(NUM_CLASSES, NUM_CLASSES).numpy()
+
+
+def mean_iou(tables: np.ndarray) -> np.ndarray:
+    """Mean intersection over union over the classes that occur, of confusion tables (..., K, K)."""
+    hits = np.diagonal(tables, axis1=-2, axis2=-1)
+    union = tables.sum(axis=-1) + tables.sum(axis=-2) - hits
+    with np.errstate(invalid="ignore"):
+        return np.nanmean(np.where(union > 0, hits / union, np.nan), axis=-1)
