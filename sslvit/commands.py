@@ -22,7 +22,7 @@ from sslvit.config import (
     load_config,
     parse_overrides,
 )
-from sslvit.errors import EXIT_INPUT, EXIT_RESUMABLE, InputError, Resumable
+from sslvit.errors import EXIT_BUG, EXIT_INPUT, EXIT_RESUMABLE, InputError, Resumable
 from sslvit.run_folder import default_output_dir
 
 EXPORT_FORMATS = ("timm", "hf", "siglip", "open_clip", "onnx", "safetensors")
@@ -43,6 +43,10 @@ EXTRAS = {
     "open_clip": "openclip",
     "fsspec": "remote",
 }
+
+
+class JobFailed(RuntimeError):
+    """A submitted job ended with a bug; its traceback is in its own output."""
 
 
 @dataclass(frozen=True)
@@ -92,13 +96,15 @@ def parse(words: Sequence[str]) -> Command:
 
 
 def explain(error: BaseException) -> tuple[int, str] | None:
-    """The exit code and the one line for an ending that is no bug of ours; None for everything else."""
+    """The exit code and the one line of an ending that needs no traceback here; None for everything else."""
     if isinstance(error, InputError):
         return EXIT_INPUT, " ".join(str(error).split())
     if isinstance(error, Resumable):
         return EXIT_RESUMABLE, " ".join(str(error).split())
     if isinstance(error, KeyboardInterrupt):
         return EXIT_RESUMABLE, "interrupted; the same command goes on from the last checkpoint"
+    if isinstance(error, JobFailed):
+        return EXIT_BUG, " ".join(str(error).split())
     if isinstance(error, ModuleNotFoundError) and (extra := EXTRAS.get((error.name or "").partition(".")[0])):
         return EXIT_INPUT, f"{error.name} is not installed; pip install 'sslvit[{extra}]'"
     return None

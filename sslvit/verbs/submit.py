@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from sslvit.commands import Command, parse
+from sslvit.commands import Command, JobFailed, parse
 from sslvit.config import load_config, shipped_file
 from sslvit.errors import EXIT_DONE, EXIT_INPUT, EXIT_RESUMABLE, InputError, Resumable
 from sslvit.run_folder import process_start, write_atomically
@@ -104,7 +104,7 @@ def submit(
 
     launch: `local`, `slurm` or a YAML file; sweep: `["optim.lr=1e-4,3e-4"]`, one job per combination. Returns one
     dict per job: id, state, output_dir, message. A command whose job is still there is not queued twice. With `wait`
-    or `follow` the jobs' own ending is raised: InputError, Resumable, or RuntimeError for a bug.
+    or `follow` the jobs' own ending is raised: InputError, Resumable, or JobFailed for a bug.
     """
     if status is not None:
         return _show(_records(Path(status)))
@@ -349,6 +349,7 @@ def _start_here(plans: Sequence[Plan], folder: Path, settings: LaunchConfig, num
         "minutes": math.ceil(60 * settings.hours) if settings.hours else 60 * 24 * 365,
         "signal_delay_s": settings.signal_delay_s,
         "setup": settings.setup,
+        "max_num_requeues": settings.max_num_requeues,
     }
     with open(folder / "controller.log", "a") as log:
         subprocess.run(
@@ -361,7 +362,7 @@ def _start_here(plans: Sequence[Plan], folder: Path, settings: LaunchConfig, num
             check=False,
         )
     if not answer.exists():
-        raise RuntimeError(f"the local job did not start; see {folder / 'controller.log'}")
+        raise JobFailed(f"the local job did not start; see {folder / 'controller.log'}")
     job_id = answer.read_text()
     answer.unlink()
     return job_id
@@ -372,7 +373,7 @@ def start_session() -> None:
     import submitit
 
     order = json.load(sys.stdin)
-    executor = submitit.LocalExecutor(folder=order["folder"])
+    executor = submitit.LocalExecutor(folder=order["folder"], max_num_timeout=order["max_num_requeues"])
     executor.update_parameters(
         tasks_per_node=order["tasks"],
         gpus_per_node=len(order["gpus"]),
@@ -496,9 +497,13 @@ def _slurm_state(record: Record) -> str | None:
 def _show(records: Sequence[Record], quiet: bool = False) -> list[dict[str, Any]]:
     """Print a line per job and return their states."""
     states = [state_of(record) for record in records]
+    newest = {state["output_dir"]: state["id"] for state in states}
     for state in [] if quiet else states:
-        tail = f"  {state['message']}" if state["message"] else ""
-        print(f"job {state['id']}  {state['state']}{_progress(Path(state['output_dir']))}  {state['output_dir']}{tail}")
+        out = state["output_dir"]
+        progress = _progress(Path(out)) if newest[out] == state["id"] else ""
+        print(
+            f"job {state['id']}  {state['state']}{progress}  {out}{'  ' if state['message'] else ''}{state['message']}"
+        )
     if not states:
         print("no jobs")
     return states
@@ -607,7 +612,7 @@ def _raise_ending(jobs: dict[str, Record], states: dict[str, dict[str, Any]]) ->
     """The worst ending of several jobs becomes ours."""
     for name, state in states.items():
         if state["state"] in ("failed", "killed"):
-            raise RuntimeError(f"job {name} {state['state']}; {state['message']} (its output: {jobs[name].log.parent})")
+            raise JobFailed(f"job {name} {state['state']}: {state['message']} (its output: {jobs[name].folder})")
     for code, kind in ((EXIT_INPUT, InputError), (EXIT_RESUMABLE, Resumable)):
         for name, state in states.items():
             if state["code"] == code or (state["state"] == "cancelled" and code == EXIT_RESUMABLE):
