@@ -169,7 +169,7 @@ def _attention() -> Iterator[Finding]:
     if prefers_explicit(query, query):
         yield (
             "attention",
-            f"training in bf16: softmax(q k^T) v written out up to {EXPLICIT_MAX_TOKENS} tokens, since the fused backward "
+            f"training in bf16: written out up to {EXPLICIT_MAX_TOKENS} tokens, since the fused backward "
             "pass is slow on CPUs; else torch's fused kernel (SDPA)",
         )
     else:
