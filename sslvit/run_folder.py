@@ -234,7 +234,7 @@ def _refuse_strangers(path: Path) -> None:
         return
     with _opening(path):
         entries = sorted(p.name for p in path.iterdir())
-    ours = (LOCK, ".results.lock", "results.json", "jobs", *GUESTS)
+    ours = (LOCK, ".results.lock", "results.json", "bad_files.jsonl", "check_data.json", "jobs", *GUESTS)
     strange = [name for name in entries if name not in ours and not name.endswith(".partial")]
     if strange:
         raise InputError(f"{path} holds {strange[0]!r} and is no run folder of sslvit; choose another --output-dir")
