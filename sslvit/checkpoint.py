@@ -19,7 +19,7 @@ import shutil
 import stat
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +107,14 @@ def save_checkpoint(
     *,
     keep: int,
     best: int | None = None,
+    spare: Collection[int] = (),
     background: bool = True,
 ) -> Saving:
     """Writes `root/step_N` from `tensors` (file stem -> name -> tensor) and `meta` (JSON).
 
-    Everything is copied before this returns, so training may go on. Afterwards the newest `keep` checkpoints and the
-    `best` step stay. A disk error becomes Resumable: one line, the older checkpoints untouched, nothing left behind.
+    Everything is copied before this returns, so training may go on. Afterwards the newest `keep` checkpoints, the
+    `best` step and those to `spare` stay. A disk error becomes Resumable: one line, the older checkpoints untouched,
+    nothing left behind.
     """
     assert keep >= 1, keep
     snapshot = {
@@ -127,7 +129,7 @@ def save_checkpoint(
             _write_checkpoint(path, snapshot, text)
             if best is not None:
                 mark_best(root, best)
-            _prune(root, step, keep, best)
+            _prune(root, step, keep, {*spare, best})
         except OSError as error:
             size = sum(tensor.nbytes for group in snapshot.values() for tensor in group.values()) + len(text)
             with contextlib.suppress(OSError):
@@ -312,9 +314,9 @@ def _write_checkpoint(path: Path, snapshot: Mapping[str, Mapping[str, Tensor]], 
     _fsync_directory(root)
 
 
-def _prune(root: Path, step: int, keep: int, best: int | None) -> None:
-    """Keeps the newest `keep` up to `step`, and `best`; deletes nothing unless the new checkpoint verifies on disk."""
-    kept = {*[s for s in checkpoint_steps(root) if s <= step][-keep:], best}
+def _prune(root: Path, step: int, keep: int, spare: Collection[int | None]) -> None:
+    """Keeps the newest `keep` up to `step`, and `spare`; deletes nothing unless the new checkpoint verifies on disk."""
+    kept = {*[s for s in checkpoint_steps(root) if s <= step][-keep:], *spare}
     doomed = [s for s in checkpoint_steps(root) if s not in kept]
     if not doomed:
         return

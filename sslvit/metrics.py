@@ -7,6 +7,7 @@ so that an interrupted run leaves the same lines as an uninterrupted one, apart 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -14,7 +15,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -135,11 +136,11 @@ class MetricsLog:
         """Makes the lines durable; called before a checkpoint that says they exist."""
         path = self.folder / "metrics.jsonl"
         if self._main and path.exists():
-            descriptor = os.open(path, os.O_RDWR)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            with _resumable(path), open(path, "a", encoding="utf-8") as file:
+                os.fsync(file.fileno())
+        if self._board is not None:
+            with _resumable(self.folder / "tb"):
+                self._board.flush()
 
     def end(self) -> None:
         """Closes the stage's progress bar and TensorBoard file."""
@@ -147,12 +148,13 @@ class MetricsLog:
             self._bar.close()
             self._bar = None
         if self._board is not None:
-            self._board.close()
+            with contextlib.suppress(OSError):  # a full disk was reported where it was met
+                self._board.close()
             self._board = None
 
     def _take_averages(self) -> dict[str, float]:
-        """Over steps and processes, in the order the values came; the only place where they are read."""
-        averages = dict.fromkeys(self._sums, 0.0)
+        """Over steps and processes, the loss first; the only place where values are read."""
+        averages = dict.fromkeys(sorted(self._sums, key=lambda name: (name != "loss", name)), 0.0)
         for dtype in (torch.float32, torch.float64):
             names = [name for name, total in self._sums.items() if total.dtype == dtype]
             if names:
@@ -180,14 +182,9 @@ class MetricsLog:
         self._append("metrics.jsonl", json.dumps(row) + "\n")
 
     def _append(self, name: str, text: str) -> None:
-        try:
-            with open(self.folder / name, "a", encoding="utf-8") as file:
-                file.write(text)
-        except OSError as error:
-            raise Resumable(
-                f"could not write {len(text)} bytes to {self.folder / name}: {error.strerror}; "
-                "make room and run the same command again"
-            ) from error
+        path = self.folder / name
+        with _resumable(path), open(path, "a", encoding="utf-8") as file:
+            file.write(text)
 
     def _show(self, step: int, row: Mapping[str, Any]) -> None:
         if self._bar is not None:
@@ -211,7 +208,9 @@ class MetricsLog:
         self._board = SummaryWriter(str(self.folder / "tb" / self.stage), purge_step=resumed + 1)
 
     def _board_add(self, step: int, row: Mapping[str, Any]) -> None:
-        if self._board is not None:
+        if self._board is None:
+            return
+        with _resumable(self.folder / "tb"):
             for name, value in row.items():
                 if name not in ("step", "stage"):
                     self._board.add_scalar(name, value, step)
@@ -224,6 +223,17 @@ class _Window:
         self.since = since
         self.images = 0
         self.waited = 0.0
+
+
+@contextlib.contextmanager
+def _resumable(path: Path) -> Iterator[None]:
+    """A disk error inside becomes one line and exit code 75."""
+    try:
+        yield
+    except OSError as error:
+        raise Resumable(
+            f"could not write {path}: {error.strerror or error}; make room and run the same command again"
+        ) from error
 
 
 def _cut(path: Path, stage: str, step: int) -> None:

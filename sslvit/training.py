@@ -23,7 +23,6 @@ from sslvit import distributed
 from sslvit.checkpoint import (
     Saving,
     checkpoint_path,
-    checkpoint_steps,
     clean_checkpoints,
     drop_checkpoints_after,
     latest_checkpoint,
@@ -67,10 +66,15 @@ class Batches(Protocol):
 
 @dataclass
 class Progress:
-    """Where a run stands, beside its tensors. `step` counts steps done, `cursor` samples consumed by all processes."""
+    """Where a run stands, beside its tensors. `step` counts steps done, `cursor` samples consumed by all processes.
+
+    A roll-back goes to `good_step`, the last save that was due; those made on a signal do not count, so that
+    interruptions cannot change what a roll-back does.
+    """
 
     step: int = 0
     cursor: int = 0
+    good_step: int = 0
     bad_in_a_row: int = 0
     skipped: int = 0
     rollbacks: int = 0
@@ -156,8 +160,9 @@ def train(
             improved = False
             if periodic_every and (progress.step % periodic_every == 0 or progress.step == steps):
                 improved = _evaluate(periodic, model, metrics, progress, best)
-            due = progress.step % checkpoint_every == 0 and progress.bad_in_a_row == 0
+            due = progress.step % checkpoint_every == 0 and progress.bad_in_a_row == 0  # never amid bad steps
             if due or improved or progress.step == steps:
+                progress.good_step = progress.step
                 saver.save(progress)
         saver.close()
     except BaseException:
@@ -223,7 +228,15 @@ class _Saver:
             "metrics": averages,
         }
         meta = {**self.meta, "cursor": progress.cursor, "progress": asdict(progress)}
-        self.saving = save_checkpoint(self.root, progress.step, tensors, meta, keep=self.keep, best=progress.best_step)
+        self.saving = save_checkpoint(
+            self.root,
+            progress.step,
+            tensors,
+            meta,
+            keep=self.keep,
+            best=progress.best_step,
+            spare=[progress.good_step],
+        )
 
     def check(self, stop: StopFlag, progress: Progress) -> None:
         """Between steps: has anybody been asked to stop, or could the last checkpoint not be written?"""
@@ -248,7 +261,7 @@ class _Saver:
         self.metrics.say(f"step {progress.step}: loss or gradient not finite, step skipped")
         if progress.bad_in_a_row < BAD_STEPS:
             return
-        target = self._last_good()
+        target = self._last_good(progress.good_step)
         if progress.rollbacks + 1 >= ROLLBACKS:
             raise RuntimeError(
                 f"loss or gradient not finite {BAD_STEPS} times in a row at step {progress.step} (samples up to "
@@ -263,18 +276,15 @@ class _Saver:
             drop_checkpoints_after(self.root, progress.step)
         self.metrics.say(f"rolled back to step {progress.step}; the data go on at sample {cursor}")
 
-    def _last_good(self) -> Path:
-        """The newest checkpoint that was not written in the middle of bad steps."""
+    def _last_good(self, good_step: int) -> Path:
+        """The checkpoint of `good_step`, or should it be damaged the newest one that is not."""
         chosen = None
         if distributed.is_main():
             if self.saving is not None:
                 self.saving.join()
-            for step in reversed(checkpoint_steps(self.root)):
-                path = checkpoint_path(self.root, step)
-                if verify_checkpoint(path) is None:
-                    chosen = path
-                    if load_checkpoint(path, stems=[], verify=False)[1]["progress"]["bad_in_a_row"] == 0:
-                        break
+            chosen = checkpoint_path(self.root, good_step)
+            if verify_checkpoint(chosen) is not None:
+                chosen = latest_checkpoint(self.root)
         chosen = distributed.broadcast_object(chosen)
         assert chosen is not None, "every run begins with a checkpoint of step 0"
         return chosen

@@ -119,6 +119,8 @@ def test_keeps_the_last_ones_and_the_best(tmp_path: Path) -> None:
         save(tmp_path, step, keep=2, best=10 if step >= 10 else None)
     assert checkpoint_steps(tmp_path) == [10, 30, 40]
     assert best_step(tmp_path) == 10
+    save_checkpoint(tmp_path, 45, tensors(45), {}, keep=1, best=10, spare=[30]).join()
+    assert checkpoint_steps(tmp_path) == [10, 30, 45]
     save(tmp_path, 50, keep=1, best=50)
     assert checkpoint_steps(tmp_path) == [50]
     assert best_step(tmp_path) == 50
