@@ -18,11 +18,10 @@ from typing import Any
 import torch
 
 from sslvit import distributed
-from sslvit.config import AlignConfig, load_config
+from sslvit.config import AlignConfig, check_config, load_config
 from sslvit.data.decode import BadFiles
 from sslvit.data.pairs import Pairs, open_pairs, split_by_image, text_corpus
 from sslvit.encoder.weights import LoadedEncoder, load_encoder, random_like
-from sslvit.errors import InputError
 from sslvit.exports.hf_folder import hf_state
 from sslvit.exports.llava_folder import Writing, write_llava_folder
 from sslvit.metrics import MetricsLog
@@ -41,7 +40,7 @@ from sslvit.vlm.language import (
     merged,
 )
 from sslvit.vlm.model import VisionLanguage
-from sslvit.vlm.recipe import resolve
+from sslvit.vlm.recipe import check, resolve
 from sslvit.vlm.sees import (
     Answers,
     Exam,
@@ -69,9 +68,8 @@ def align(*, config_file: str | Path | None = None, output_dir: str | Path | Non
     if isinstance(keys.get("controls"), str):
         keys["controls"] = [name.strip() for name in keys["controls"].split(",") if name.strip()]
     config = load_config(AlignConfig, config_file, keys)
-    for key, example in (("encoder", "runs/pretrain-NAME"), ("data", "scenes:")):
-        if getattr(config, key) is None:
-            raise InputError(f"{key} is not given; add {key}=..., for example {key}={example}")
+    check_config(config)
+    check(config)
     path = Path(output_dir or default_output_dir("align", config_file, config.encoder, config.data))
     device = distributed.init(config.device)
     try:

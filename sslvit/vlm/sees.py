@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from sslvit.data.bad_files import BadImage
 from sslvit.data.crops import rng
-from sslvit.data.pairs import FAMILY_ORDER
+from sslvit.data.pairs import CAPTION_PROMPT, FAMILY_ORDER
 from sslvit.data.turns import Turn
 from sslvit.vlm.answer import greedy
 from sslvit.vlm.batches import PairImages, draw_turns, tokenize
@@ -28,6 +28,7 @@ from sslvit.vlm.score import bleu4_interval, bleu_statistics, cider_d, mean_inte
 from sslvit.vlm.stages import encoded, longest_text
 
 CAPTION = "caption"
+FREE = (CAPTION, "conversation")  # families without one right wording: they count for nats, not for accuracy
 QUESTIONS = 8  # of an image, besides its captions
 CHUNK = 64  # images at once
 ASKED, SHUFFLED = 2, 3  # views of the keyed generator
@@ -58,7 +59,7 @@ class Answers:
 
 
 def set_exam(images: PairImages, num_images: int, seed: int) -> Exam:
-    """At most `num_images` readable images drawn by the seed; a few questions and all captions of each."""
+    """At most `num_images` readable images drawn by the seed; a few questions of each, and its captions."""
     order = rng(seed, 0, 0, ASKED).permutation(len(images))
     numbers: list[int] = []
     asked: list[list[Turn]] = []
@@ -72,7 +73,7 @@ def set_exam(images: PairImages, num_images: int, seed: int) -> Exam:
         turns = images.pairs.turns(number)
         questions = draw_turns([t for t in turns if t.family != CAPTION], QUESTIONS, rng(seed, 0, number, ASKED))
         numbers.append(number)
-        asked.append(questions + [t for t in turns if t.family == CAPTION])
+        asked.append(questions + [t for t in turns if t.family == CAPTION and t.question == CAPTION_PROMPT])
     return Exam(images, numbers, asked)
 
 
@@ -143,11 +144,11 @@ def _texts(
 
 
 def marks(exam: Exam, answers: Answers) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Family -> (1 or 0 for each question, its image); all families but captions, and "" for all of them together."""
+    """Family -> (1 or 0 for each question, its image); families with one right answer, and "" for all of them together."""
     collected: dict[str, list[tuple[float, int]]] = {"": []}
     for image, (turns, texts) in enumerate(zip(exam.turns, answers.texts, strict=True)):
         for turn, text in zip(turns, texts, strict=True):
-            if turn.family != CAPTION:
+            if turn.family not in FREE:
                 mark = (float(same_answer(text, turn.answer)), image)
                 collected[""].append(mark)
                 collected.setdefault(turn.family, []).append(mark)
@@ -247,7 +248,7 @@ def table(rows: Sequence[Row], families: Sequence[str], conditions: Sequence[str
     heads = ["model", *conditions]
     lines = ["does it see?".ljust(16) + "".join(head.rjust(22) for head in heads)]
     names = [("all questions", "vlm/{}accuracy")]
-    names += [(family, f"vlm/{{}}accuracy/{family}") for family in families if family != CAPTION]
+    names += [(family, f"vlm/{{}}accuracy/{family}") for family in families if family not in FREE]
     for label, pattern in [*names, ("caption CIDEr-D", "caption/{}cider"), ("caption BLEU-4", "caption/{}bleu4")]:
         found = [by_name.get(pattern.format(f"{c}/" if c else "")) for c in ["", *conditions]]
         if found[0] is not None:

@@ -94,9 +94,9 @@ def run_stage(
     runtime: Runtime,
 ) -> None:
     """Trains `model` in place; goes on from, or ends with, the checkpoints in `folder`. A finished stage only loads."""
-    assert config.steps and config.batch_size
+    assert config.steps is not None and config.batch_size is not None
     learns = _prepare(model, config, runtime.device)
-    if not any(learns.values()) or config.steps <= 0:
+    if not config.steps or not any(learns.values()):
         return
     stage = Stage(model, learns, images.preprocessing.mean, images.preprocessing.std)
     batches = make_batches(name, config, model, images, chat, runtime)

@@ -18,7 +18,7 @@ TEXTS = [
 
 @cache
 def small_tokenizer():
-    return train_tokenizer(TEXTS, 300)
+    return train_tokenizer(TEXTS, 500)
 
 
 def small_language(seed=0):
