@@ -43,7 +43,8 @@ __all__ = [
 T = TypeVar("T")
 Nested = dict[str, Any]
 
-MAX_CONFIG_BYTES = 1_000_000
+MAX_CONFIG_BYTES = 100_000
+MAX_CONFIG_DEPTH = 10
 
 
 @dataclass
@@ -252,9 +253,13 @@ def _read_yaml(text: str) -> Any:
     import yaml
 
     try:
+        depth = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):
                 raise InputError(f"{_at(event.start_mark)}aliases (*{event.anchor}) are not allowed")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_CONFIG_DEPTH:  # before the parser's time grows with the square of it
+                raise InputError(f"{_at(event.start_mark)}nested more than {MAX_CONFIG_DEPTH} deep")
         _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader))
         return yaml.safe_load(text)
     except InputError:
@@ -275,10 +280,11 @@ def _refuse_repeated_keys(node: Any) -> None:
     import yaml
 
     if isinstance(node, yaml.MappingNode):
-        names = [str(key.value) for key, _ in node.value]
+        seen: set[str] = set()
         for key, value in node.value:
-            if names.count(str(key.value)) > 1:
+            if str(key.value) in seen:
                 raise InputError(f"{_at(key.start_mark)}key {key.value!r} is given twice")
+            seen.add(str(key.value))
             _refuse_repeated_keys(value)
     elif isinstance(node, yaml.SequenceNode):
         for value in node.value:
