@@ -22,14 +22,14 @@ from sslvit.encoder.config import Preprocessing
 
 Size = int | tuple[int, int]  # pixels: a side, or (height, width)
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _NUM_TRIES = 10
 _CROP_UNIFORMS = 2 * _NUM_TRIES + 3
 _VIEW_UNIFORMS = _CROP_UNIFORMS + photometry.NUM_UNIFORMS
 
 
-def _mix(z: np.ndarray) -> np.ndarray:
-    """The output function of SplitMix64: a bijection of uint64 that flips each output bit with probability 1/2."""
+def splitmix(z: np.ndarray) -> np.ndarray:
+    """The output function of SplitMix64: a bijection of uint64 arrays, each input bit moves half of the output bits."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
@@ -40,7 +40,7 @@ def hash_key(*parts: int | np.ndarray) -> np.ndarray:
     state = np.zeros(1, np.uint64)
     for part in parts:
         words = np.atleast_1d(np.asarray(part, np.int64)).astype(np.uint64)
-        state = _mix((state + _GOLDEN) ^ _mix(words + _GOLDEN))
+        state = splitmix((state + GOLDEN) ^ splitmix(words + GOLDEN))
     return state
 
 
@@ -49,8 +49,8 @@ def uniforms(
 ) -> np.ndarray:
     """(..., count) float64 in [0, 1) from the key; `...` is the broadcast shape of the key's array parts."""
     state = hash_key(seed, epoch, sample, view)
-    steps = np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN
-    values = (_mix(state[..., None] + steps) >> np.uint64(11)) * 2.0**-53
+    steps = np.arange(1, count + 1, dtype=np.uint64) * GOLDEN
+    values = (splitmix(state[..., None] + steps) >> np.uint64(11)) * 2.0**-53
     return values if any(np.ndim(part) for part in (epoch, sample, view)) else values[0]
 
 

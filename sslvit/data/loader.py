@@ -37,6 +37,7 @@ CACHE_BYTES = 1536 * 2**20
 _CACHE_PROBE = 64  # images measured before deciding whether the decoded set fits
 _PREFETCH = 2  # batches ready or in work ahead of the one in use
 _HANG_SECONDS = 300.0
+_FEISTEL_TURNS = 8
 _ORDER, _REPLACEMENT, _STATISTICS = -1, -2, -3  # in place of a view in the key: draws that belong to no view
 
 
@@ -66,14 +67,15 @@ def permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
     half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
     mask = np.uint64(2**half - 1)
     shift = np.uint64(half)
+    turns = geometry.splitmix(key + np.arange(1, _FEISTEL_TURNS + 1, dtype=np.uint64)[:, None] * geometry.GOLDEN)
     out = index.astype(np.uint64)
-    walking = np.ones(len(out), bool)
-    while walking.any():
+    walking = np.arange(len(out))
+    while len(walking):
         left, right = out[walking] >> shift, out[walking] & mask
-        for turn in range(8):
-            left, right = right, left ^ (geometry.hash_key(key[walking].astype(np.int64), turn, right) & mask)
+        for turn in turns[:, walking]:
+            left, right = right, left ^ (geometry.splitmix(right + turn) & mask)
         out[walking] = left << shift | right
-        walking = out >= n
+        walking = walking[out[walking] >= n]
     return out.astype(np.int64)
 
 
@@ -324,7 +326,8 @@ class Workers:
         return job.result
 
     def _serve(self) -> None:
-        torch.set_num_threads(1)  # of this thread: the cores are shared out among the threads already
+        torch.get_num_threads()  # a thread's first question sets it to what all have; only then does its own setting last
+        torch.set_num_threads(1)  # the cores are shared out among the threads already
         self._ready.wait()
         while (job := self._jobs.get()) is not None:
             self._run(job)

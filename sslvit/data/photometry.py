@@ -124,11 +124,11 @@ def _taps(sigma: torch.Tensor, half: int) -> torch.Tensor:
 
 
 def _blur_by_shifts(images: torch.Tensor, sigma: torch.Tensor, halves: list[int]) -> torch.Tensor:
-    """A sum of shifted images without the taps beyond four sigma (< 3e-4 of the sum).
+    """A sum of shifted images without the taps beyond 3.5 sigma (< 5e-4 of the sum).
 
     On CPU 2 to 8 times faster than grouped convolutions or banded matrices.
     """
-    reach = max(1, math.ceil(4 * float(sigma.max())))
+    reach = max(1, math.ceil(3.5 * float(sigma.max())))
     scratch = torch.empty_like(images)
     for axis, half in zip((2, 3), halves, strict=True):
         images = _blur_axis(images, _taps(sigma, min(half, reach)), axis, scratch)
@@ -178,8 +178,17 @@ def apply(images: torch.Tensor, rows: torch.Tensor, mean: Sequence[float], std: 
         if some[:, SOLARIZE].any():
             chosen = (some[:, SOLARIZE] > 0).to(images.device, non_blocking=True)[:, None, None, None]
             x = torch.where((x >= SOLARIZE_THRESHOLD) & chosen, 1 - x, x)
-        out.index_copy_(0, here, x.sub_(centre).mul_(scale))
+        _put(out, here, x.sub_(centre).mul_(scale))
     return out
+
+
+def _put(out: torch.Tensor, places: torch.Tensor, images: torch.Tensor) -> None:
+    """out[places] = images; on CPU `index_copy_` takes three times as long as copying a few large images singly."""
+    if out.is_cuda or len(places) > 8:
+        out.index_copy_(0, places, images)
+    else:
+        for place, image in zip(places.tolist(), images, strict=True):
+            out[place].copy_(image)
 
 
 def _slabs(images: torch.Tensor, sigma: torch.Tensor) -> list[torch.Tensor]:

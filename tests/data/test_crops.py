@@ -37,7 +37,7 @@ def test_uniforms_are_splitmix64():
         4593380528125082431,
         16408922859458223821,
     ]
-    assert crops._mix(state + steps).tolist() == published
+    assert crops.splitmix(state + steps).tolist() == published
 
 
 def test_uniforms_depend_on_the_whole_key_and_nothing_else():

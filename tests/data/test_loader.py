@@ -2,8 +2,11 @@
 
 import io
 import json
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -245,13 +248,48 @@ def test_a_hanging_read_is_named_and_does_not_hang_the_run(monkeypatch):
     assert time.monotonic() - start < 8
 
 
-def test_threads_end_with_the_iteration_and_leave_torchs_setting():
-    before, threads = threading.active_count(), torch.get_num_threads()
+def test_threads_end_with_the_iteration():
+    before = threading.active_count()
     stream = iter(make(num_workers=3))
     next(stream)
     assert threading.active_count() == before + 3
     stream.close()
-    assert threading.active_count() == before and torch.get_num_threads() == threads
+    assert threading.active_count() == before
+
+
+def test_loading_threads_compute_alone_and_leave_torchs_setting_to_others():
+    seen = []
+
+    class Watching(Pictures):
+        def read(self, index):
+            seen.append(torch.get_num_threads())
+            return super().read(index)
+
+    own = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        take(make(Watching(), num_workers=2), 2)
+        assert set(seen) == {1} and torch.get_num_threads() == 2
+        later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        later.start()
+        later.join()
+        assert seen[-1] == 2
+    finally:
+        torch.set_num_threads(own)
+
+
+def test_an_abandoned_iteration_does_not_abort_the_exit_of_the_process():
+    code = """
+
+import tests_loader_pictures as here
+stream = iter(here.make(num_workers=2))
+next(stream)
+sys.keep = stream  # never closed
+"""
+    path = str(Path(__file__).parent)
+    code = code.replace("tests_loader_pictures", Path(__file__).stem)
+    done = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {path!r}){code}"], timeout=60)
+    assert done.returncode == 0
 
 
 def test_images_are_decoded_once_when_all_fit_and_never_kept_otherwise():
