@@ -23,7 +23,7 @@ from PIL import Image, ImageCms
 
 from sslvit.data.bad_files import BadFiles, BadImage
 
-__all__ = ["BadFiles", "BadImage", "decode"]
+__all__ = ["BadFiles", "BadImage", "decode", "describe"]
 
 MAX_PIXELS = 50_000_000
 
@@ -76,6 +76,20 @@ def decode(
         raise
     except Exception as error:  # broken files make Pillow raise SyntaxError, struct.error, TypeError, OverflowError ...
         raise BadImage(_reason(error, data)) from error
+
+
+def describe(data: bytes | np.ndarray) -> tuple[str, int]:
+    """The format and pixel form ("JPEG RGB", "array uint16") and the number of frames, from the header alone.
+
+    For what cannot be opened: ("unknown", 1).
+    """
+    if isinstance(data, np.ndarray):
+        return f"array {data.dtype}", 1
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            return f"{image.format} {image.mode}", int(getattr(image, "n_frames", 1))
+    except Exception:  # whatever is wrong with it, decode says it
+        return "unknown", 1
 
 
 def _decode_jpeg(data: bytes, channels: int | None, max_pixels: int, min_side: int | None) -> np.ndarray | None:
@@ -254,6 +268,8 @@ def _reason(error: Exception, data: bytes) -> str:
     start = data[:64].lstrip().lower()
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):
         return "not an image but HTML or XML text"
+    if isinstance(error, Image.DecompressionBombError):
+        return "the pixels that the header announces are over the limit"
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image of a known format"
     message = re.sub(r"<[^<>]* at 0x[0-9a-f]+>", "the file", " ".join(str(error).split()))

@@ -6,6 +6,7 @@ Specs: `folder:PATH`, `parquet:GLOB`, `tar:GLOB`, `jsonl:FILE`, `torchvision:NAM
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import re
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 _FORMS = ("folder", "parquet", "tar", "jsonl", "torchvision", "hf", "scenes")
 _SHARDS = ("parquet", "tar", "jsonl")
+_SPLITS = "train|training|validation|valid|val|dev|test"
 
 
 @runtime_checkable
@@ -111,24 +113,26 @@ def _form_of_folder(path: str, split: str | None) -> str:
     from sslvit.data.folder import EXTENSIONS
 
     names = sorted(os.listdir(path))
-    folders = [name for name in names if os.path.isdir(os.path.join(path, name))]
-    below = [
-        os.path.join(folder, name) for folder in folders[:20] for name in sorted(_listdir(os.path.join(path, folder)))
-    ]
+    folders = [name for name in names if os.path.isdir(os.path.join(path, name)) and not name.startswith(".")]
+    below = [os.path.join(folder, name) for folder in folders[:20] for name in _listdir(os.path.join(path, folder))]
     for level in (names, below):
         images = sum(name.rpartition(".")[2].lower() in EXTENSIONS for name in level)
         for form in _SHARDS:
             files = [name for name in level if name.endswith(f".{form}")]
             if len(files) > images and (form != "jsonl" or _names_images(os.path.join(path, files[0]))):
-                return f"{form}:{','.join(os.path.join(path, name) for name in _one_split(files, split, path))}"
+                return _spec_of_files(form, path, _one_split(files, split, path))
         if images:
             break
-    if split is not None:
-        folder = os.path.join(path, split)
-        if not os.path.isdir(folder):
-            raise InputError(f"no split {split!r} in {path!r}")
-        return f"folder:{folder}"
+    if split is not None or (len(folders) > 1 and all(_split_of(folder) for folder in folders)):
+        return f"folder:{os.path.join(path, _one_split(folders, split, path)[0])}"
     return f"folder:{path}"
+
+
+def _listdir(path: str) -> list[str]:
+    try:
+        return sorted(os.listdir(path))
+    except OSError:
+        return []
 
 
 def _names_images(path: str) -> bool:
@@ -137,26 +141,32 @@ def _names_images(path: str) -> bool:
         return isinstance((parse_record(file.readline(1 << 20)) or {}).get("image"), str)
 
 
-def _listdir(path: str) -> list[str]:
-    try:
-        return os.listdir(path)
-    except OSError:
-        return []
+def _split_of(name: str) -> str:
+    """`val` for val-00000.tar, val_1.tar or val/0.tar; "" when the name tells no split."""
+    matches = (re.match(rf"({_SPLITS})(?![A-Za-z])", part) for part in name.split(os.sep))
+    return next((match[1] for match in matches if match), "")
 
 
-def _one_split(files: list[str], split: str | None, path: str) -> list[str]:
-    """The files of one split, where names as train-00000.parquet tell several apart; train unless asked otherwise."""
+def _one_split(names: list[str], split: str | None, path: str) -> list[str]:
+    """Those of one split, where names tell several apart; train unless asked otherwise."""
     splits: dict[str, list[str]] = {}
-    for file in files:
-        match = re.match(r"(train|training|validation|valid|val|dev|test)\b", os.path.basename(file).replace("_", "-"))
-        splits.setdefault(match[1] if match else "", []).append(file)
+    for name in names:
+        splits.setdefault(_split_of(name), []).append(name)
+    held = ", ".join(sorted(filter(None, splits)))
     if split is not None:
         if split not in splits:
-            raise InputError(
-                f"no split {split!r} in {path!r}; it holds {', '.join(sorted(filter(None, splits))) or 'one'}"
-            )
+            raise InputError(f"no split {split!r} in {path!r}; it holds {held or 'files without split names'}")
         return splits[split]
     if len(splits) > 1 and "train" in splits:
-        logger.info("%s holds the splits %s: reading train", path, ", ".join(sorted(filter(None, splits))))
+        logger.warning("%s holds the splits %s: reading train; ask for another with ?split=NAME", path, held)
         return splits["train"]
-    return files
+    return names
+
+
+def _spec_of_files(form: str, path: str, names: list[str]) -> str:
+    """The shortest spec of these files: a pattern where one matches exactly them, else their list."""
+    paths = [os.path.join(path, name) for name in names]
+    start = os.path.commonprefix(paths)
+    pattern = f"{start}*.{form}" if len(paths) > 1 else paths[0]
+    exact = glob.escape(start) == start and sorted(glob.glob(pattern)) == sorted(paths)
+    return f"{form}:{pattern if exact else ','.join(paths)}"

@@ -471,10 +471,10 @@ def test_jsonl_links_outside_are_bad_and_root_allows_more(tmp_path):
 
 def test_jsonl_errors(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"image": "a.png"}\nnot json\n')
-    with pytest.raises(InputError, match="line 2 .* no JSON object"):
+    with pytest.raises(InputError, match=r"line 2 .* no JSON object"):
         open_source(str(tmp_path / "bad.jsonl"))
     (tmp_path / "deep.jsonl").write_text("[" * 100_000)
-    with pytest.raises(InputError, match="line 1 .* no JSON object"):
+    with pytest.raises(InputError, match=r"line 1 .* no JSON object"):
         open_source(str(tmp_path / "deep.jsonl"))
     write_jsonl(tmp_path / "none.jsonl", [{"text": "x"}])
     with pytest.raises(InputError, match="names an image"):
@@ -562,7 +562,6 @@ def test_hub_sets(monkeypatch):
 
 def test_bare_paths_are_recognised(tmp_path):
     write(tmp_path / "photos" / "a.png", png(1))
-    write_parquet(tmp_path / "hub_dir", [png(2)]) if False else None
     (tmp_path / "hub" / "data").mkdir(parents=True)
     write_parquet(tmp_path / "hub" / "data" / "train-00000-of-00001.parquet", [png(2)])
     write_parquet(tmp_path / "hub" / "data" / "test-00000-of-00001.parquet", [png(3)])
@@ -575,8 +574,23 @@ def test_bare_paths_are_recognised(tmp_path):
     for name, expected in [("photos", [1]), ("hub", [2]), ("shards", [4, 5]), ("llava", [6]), ("listed", [7])]:
         assert values(open_source(str(tmp_path / name))) == expected, name
     assert values(open_source(f"{tmp_path}/hub?split=test")) == [3]
-    with pytest.raises(InputError, match="no split 'val'"):
+    with pytest.raises(InputError, match=r"no split 'val'.* test, train"):
         open_source(f"{tmp_path}/hub?split=val")
+    assert open_source(str(tmp_path / "hub")).spec == f"parquet:{tmp_path}/hub/data/train-00000-of-00001.parquet"
+    assert open_source(str(tmp_path / "shards")).spec == f"tar:{tmp_path}/shards/0000*.tar"
+
+
+def test_split_folders_are_not_classes(tmp_path):
+    for split, count in (("train", 2), ("val", 1)):
+        for label in ("cat", "dog"):
+            for number in range(count):
+                write(tmp_path / split / label / f"{number}.png", png(number))
+    source = open_source(str(tmp_path))
+    assert len(source) == 4 and source.class_names["label"] == ["cat", "dog"]
+    assert len(open_source(f"{tmp_path}?split=val")) == 2
+    assert open_source(f"folder:{tmp_path}").class_names["label"] == ["train", "val"]
+    (tmp_path / "lion").mkdir()
+    assert len(open_source(str(tmp_path))) == 6
 
 
 def test_lists_ranges_and_globs(tmp_path):
@@ -636,7 +650,11 @@ def test_scenes_are_dispatched():
 
 def test_real_sets(real_data):
     cifar = open_source(f"{real_data}/cifar10")
-    assert len(cifar) == 50_000 and cifar.class_names["label"][3] == "cat" and cifar.spec.endswith("of-00002.parquet")
+    assert (
+        len(cifar) == 50_000
+        and cifar.class_names["label"][3] == "cat"
+        and cifar.spec.endswith("cifar10/train-0000*.parquet")
+    )
     counts = np.bincount(cifar.labels["label"])
     assert counts.tolist() == [5000] * 10
     assert decode(cifar.read(49_999)).shape == (32, 32, 3)
