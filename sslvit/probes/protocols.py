@@ -14,7 +14,7 @@ from sslvit.errors import InputError
 from sslvit.probes import attentive, augmented, cluster, fewshot, health, knn, linear, logreg, regression, retrieval
 from sslvit.probes import segmentation as dense
 from sslvit.probes.config import EvaluateConfig
-from sslvit.probes.features import Examples, Features
+from sslvit.probes.features import Examples
 from sslvit.probes.scores import (
     Answer,
     Clusters,
@@ -41,7 +41,7 @@ def fit_knn(train: Examples, labels: np.ndarray, config: EvaluateConfig) -> Fitt
         return [
             Answer(
                 Ranking(ranking, num_classes),
-                f"{knn.PROTOCOL}, {_token(features)}, k {k}{_clipped(k, len(features))}",
+                f"{knn.PROTOCOL}, {_token(train)}, k {k}{_clipped(k, len(features))}",
                 "" if k == 20 else f"k{k}/",
             )
             for k, ranking in sorted(rankings.items(), key=lambda item: (item[0] != 20, item[0]))
@@ -77,12 +77,11 @@ def fit_linear(train: Examples, labels: np.ndarray, config: EvaluateConfig) -> F
             device=train.device,
         )
     words = (
-        f"{linear.PROTOCOL}; {len(variants) * len(linear.LEARNING_RATES)} heads on {_token(features)}, "
+        f"{linear.PROTOCOL}; {len(variants) * len(linear.LEARNING_RATES)} heads on {_token(train)}, "
         f"{config.linear_steps} steps of {min(config.linear_batch_size, len(features))}, "
-        f"{'random crops and flips' if config.augment else 'no augmentation'}; "
-        f"chosen lr {head.learning_rate:g}, {head.inputs}"
+        f"{'random crops and flips' if config.augment else 'no augmentation'}"
     )
-    return _from_head(head, words)
+    return _from_head(head, words, f"lr {head.learning_rate:g}, {head.inputs}")
 
 
 def fit_linear_dino(train: Examples, labels: np.ndarray, config: EvaluateConfig) -> Fitted:
@@ -94,7 +93,7 @@ def fit_linear_dino(train: Examples, labels: np.ndarray, config: EvaluateConfig)
     wide = [v for v in variants if v.name == "last block + mean patch"]
     inputs = (chosen if features.cls.shape[1] < 768 else wide or variants)[0]
     head = linear.fit_dino(inputs, labels, seed=config.seed, device=train.device)
-    return _from_head(head, f"{linear.PROTOCOL_DINO}, {inputs.name} of {_token(features)}, no augmentation")
+    return _from_head(head, f"{linear.PROTOCOL_DINO}, {inputs.name} of {_token(train)}, no augmentation")
 
 
 def fit_linear_mae(train: Examples, labels: np.ndarray, config: EvaluateConfig) -> Fitted:
@@ -102,16 +101,16 @@ def fit_linear_mae(train: Examples, labels: np.ndarray, config: EvaluateConfig) 
     features = train.features
     inputs = linear.Inputs("last block", (features.cls,))
     head = linear.fit_mae(inputs, labels, seed=config.seed, device=train.device)
-    words = f"{linear.PROTOCOL_MAE}, batch {linear.mae_batch_size(len(features))}, {_token(features)}, no augmentation"
+    words = f"{linear.PROTOCOL_MAE}, batch {linear.mae_batch_size(len(features))}, {_token(train)}, no augmentation"
     return _from_head(head, words)
 
 
-def _from_head(head: linear.Head, words: str) -> Fitted:
+def _from_head(head: linear.Head, words: str, chosen: str = "") -> Fitted:
     def answer(val: Examples) -> list[Answer]:
         features = val.features
         variants = linear.input_variants(features.blocks, features.mean_patch, features.has_class_token)
         parts = next(variant.parts for variant in variants if variant.name == head.inputs)
-        return [Answer(best_first(head.logits(parts), head.classes), words)]
+        return [Answer(best_first(head.logits(parts), head.classes), words, chosen=chosen)]
 
     return answer
 
@@ -119,10 +118,12 @@ def _from_head(head: linear.Head, words: str) -> Fitted:
 def fit_logreg(train: Examples, labels: np.ndarray, config: EvaluateConfig) -> Fitted:
     """DINOv2's logistic regression on the class token."""
     model = logreg.fit(train.features.cls, labels, seed=config.seed)
-    words = f"{logreg.PROTOCOL}, {_token(train.features)}; chosen C {model.strength:.3g}"
+    words = f"{logreg.PROTOCOL}, {_token(train)}"
 
     def answer(val: Examples) -> list[Answer]:
-        return [Answer(best_first(model.logits(val.features.cls), model.classes), words)]
+        return [
+            Answer(best_first(model.logits(val.features.cls), model.classes), words, chosen=f"C {model.strength:.3g}")
+        ]
 
     return answer
 
@@ -148,7 +149,7 @@ def fit_fewshot(train: Examples, labels: np.ndarray, config: EvaluateConfig) -> 
         return [
             Answer(
                 Draws(np.stack([c[fewshot.closeness(queries, means).argmax(axis=1)] for means, c in models], axis=1)),
-                f"{fewshot.PROTOCOL}, {_token(train.features)}, {name}: {len(subsets[name][0])} images",
+                f"{fewshot.PROTOCOL}, {_token(train)}, {name}: {len(subsets[name][0])} images",
                 f"{name}/",
             )
             for name, models in fitted.items()
@@ -164,7 +165,7 @@ def fit_retrieval(train: Examples, labels: np.ndarray, config: EvaluateConfig) -
         if len(val.features) < 2:
             raise InputError("retrieval needs at least two validation images")
         neighbours = retrieval.leave_one_out(val.features.cls)
-        return [Answer(Neighbours(neighbours), f"{retrieval.PROTOCOL}, {_token(val.features)}")]
+        return [Answer(Neighbours(neighbours), f"{retrieval.PROTOCOL}, {_token(val)}")]
 
     return answer
 
@@ -175,7 +176,7 @@ def fit_cluster(train: Examples, labels: np.ndarray, config: EvaluateConfig) -> 
 
     def answer(val: Examples) -> list[Answer]:
         assignment = cluster.kmeans(val.features.cls, num_classes, config.seed)
-        return [Answer(Clusters(assignment), f"{cluster.PROTOCOL}, {_token(val.features)}")]
+        return [Answer(Clusters(assignment), f"{cluster.PROTOCOL}, {_token(val)}")]
 
     return answer
 
@@ -193,7 +194,7 @@ def fit_attentive(train: Examples, labels: np.ndarray, config: EvaluateConfig) -
     )
     words = (
         f"{attentive.PROTOCOL}; {config.attentive_steps} steps of {min(config.linear_batch_size, len(rows))} from "
-        f"{len(rows)} images, no augmentation; chosen lr {attentive.LEARNING_RATES[chosen]:g}"
+        f"{len(rows)} images, no augmentation"
     )
 
     def answer(val: Examples) -> list[Answer]:
@@ -201,7 +202,8 @@ def fit_attentive(train: Examples, labels: np.ndarray, config: EvaluateConfig) -
             attentive.predict(heads, layers[0].patches.half(), train.device)[chosen].numpy()
             for layers, _ in val.tokens(val.features.indices)
         ]
-        return [Answer(best_first(np.concatenate(logits), classes), words)]
+        lr = attentive.LEARNING_RATES[chosen]
+        return [Answer(best_first(np.concatenate(logits), classes), words, chosen=f"lr {lr:g}")]
 
     return answer
 
@@ -209,26 +211,26 @@ def fit_attentive(train: Examples, labels: np.ndarray, config: EvaluateConfig) -
 def fit_presence(train: Examples, labels: np.ndarray, config: EvaluateConfig) -> Fitted:
     """Several classes at once: one-vs-rest logistic regression."""
     predict, strength = regression.fit_presence(train.features.cls, labels, config.seed)
-    words = f"{regression.PROTOCOL_PRESENCE}, {_token(train.features)}; chosen C {strength:g}"
-    return lambda val: [Answer(Presence(predict(val.features.cls)), words)]
+    words = f"{regression.PROTOCOL_PRESENCE}, {_token(train)}"
+    return lambda val: [Answer(Presence(predict(val.features.cls)), words, chosen=f"C {strength:g}")]
 
 
 def fit_numbers(train: Examples, labels: np.ndarray, config: EvaluateConfig) -> Fitted:
     """Numbers: ridge regression."""
     predict, penalty = regression.fit_ridge(train.features.cls, labels, config.seed)
-    words = f"{regression.PROTOCOL_RIDGE}, {_token(train.features)}; chosen {penalty:g}"
-    return lambda val: [Answer(Estimates(predict(val.features.cls)), words)]
+    words = f"{regression.PROTOCOL_RIDGE}, {_token(train)}"
+    return lambda val: [Answer(Estimates(predict(val.features.cls)), words, chosen=f"penalty {penalty:g}")]
 
 
 def fit_knn_presence(train: Examples, labels: np.ndarray, config: EvaluateConfig) -> Fitted:
     """Several classes at once: how many of the neighbours show each."""
-    words = f"{regression.PROTOCOL_KNN}{_clipped(20, len(labels))}, {_token(train.features)}"
+    words = f"{regression.PROTOCOL_KNN}{_clipped(20, len(labels))}, {_token(train)}"
     return lambda val: [Answer(Presence(regression.knn_mean(train.features.cls, labels, val.features.cls)), words)]
 
 
 def fit_knn_numbers(train: Examples, labels: np.ndarray, config: EvaluateConfig) -> Fitted:
     """Numbers: the mean of the neighbours'."""
-    words = f"{regression.PROTOCOL_KNN}{_clipped(20, len(labels))}, {_token(train.features)}"
+    words = f"{regression.PROTOCOL_KNN}{_clipped(20, len(labels))}, {_token(train)}"
     return lambda val: [Answer(Estimates(regression.knn_mean(train.features.cls, labels, val.features.cls)), words)]
 
 
@@ -270,16 +272,19 @@ def fit_segmentation(train: Examples, config: EvaluateConfig) -> Fitted:
     facts = f"{len(rows)} images of {per_image} patches"
 
     def answer(val: Examples) -> list[Answer]:
-        methods: dict[str, tuple[dense.Method, str]] = {
-            "linear/": (linear_head, f"{dense.PROTOCOL_LINEAR}; chosen C {linear_head.strength:g}; {facts}"),
-            "knn/": (dense.NearestPatches(patches), f"{dense.PROTOCOL_KNN}; {facts}"),
+        methods: dict[str, tuple[dense.Method, str, str]] = {
+            "linear/": (linear_head, dense.PROTOCOL_LINEAR, f"C {linear_head.strength:g}"),
+            "knn/": (dense.NearestPatches(patches), dense.PROTOCOL_KNN, ""),
         }
         said: dict[str, list[np.ndarray]] = {name: [] for name in methods}
         for layers, _ in val.tokens(val.features.indices):
-            for name, (method, _) in methods.items():
+            for name, (method, _, _) in methods.items():
                 maps = dense.to_pixels(method(layers[0].patches.cpu()), val.preprocessing.image_size)
                 said[name].append(maps.byte().numpy())
-        return [Answer(Maps(np.concatenate(said[name])), words, name) for name, (_, words) in methods.items()]
+        return [
+            Answer(Maps(np.concatenate(said[name])), f"{words}; {facts}", name, chosen)
+            for name, (_, words, chosen) in methods.items()
+        ]
 
     return answer
 
@@ -289,7 +294,7 @@ def measure_health(train: Examples, config: EvaluateConfig) -> list[Score]:
     features, seed = train.features.cls, config.seed
     some = health.sample(features, health.MAX_IMAGES, seed)
     few = health.sample(features, health.MAX_PAIRED, seed)
-    words = f"{health.PROTOCOL}, {_token(train.features)}"
+    words = f"{health.PROTOCOL}, {_token(train)}"
     scores = [
         score_resampled("rankme", lambda rows: health.rankme(some[rows]), len(some), words, seed, 40),
         score_resampled("spectrum_decay", lambda rows: health.spectrum_decay(some[rows]), len(some), words, seed, 40),
@@ -312,8 +317,10 @@ def best_first(logits: np.ndarray, classes: np.ndarray, places: int = 5) -> Rank
     return Ranking(classes[np.argsort(-logits, axis=1, kind="stable")[:, :places]], len(classes))
 
 
-def _token(features: Features) -> str:
-    return "class token" if features.has_class_token else "mean patch"
+def _token(examples: Examples) -> str:
+    if examples.module is None:
+        return "pixels"
+    return "class token" if examples.features.has_class_token else "mean patch"
 
 
 def _clipped(k: int, num_train: int) -> str:

@@ -1,7 +1,7 @@
 """Rows of results: one number with its interval and its protocol. Not the place where anything is measured.
 
 A row is `{"name", "value", "ci95", "protocol", "data", "seed", "step"}`; `results.json` is a list of them, one per
-(name, data, seed), kept by `run_folder.add_results`. Intervals are percentile bootstraps over the validation images
+(name, data, seed), kept by `run_folder.add_results`. Intervals are bootstraps over the validation images
 (Efron & Tibshirani 1993, ch. 13).
 """
 
@@ -43,13 +43,14 @@ def row(
     }
 
 
-def describe(protocol: str, **facts: object) -> str:
-    """The protocol printed with a number: its words, the facts it ran on, and a hash of both.
+def describe(protocol: str, chosen: str, **facts: object) -> str:
+    """The protocol printed with a number: its words, the facts it ran on, a hash of both, and what it chose on train.
 
-    Two rows whose strings end in the same hash were measured alike, on sets of the same size.
+    Two rows with the same hash were measured alike, on sets of the same size.
     """
-    text = "; ".join([protocol, *(f"{key} {value}" for key, value in facts.items() if value is not None)])
-    return f"{text} #{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    text = "; ".join([protocol, *(f"{key} {value}" for key, value in facts.items())])
+    text = f"{text} #{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return f"{text} (chosen: {chosen})" if chosen else text
 
 
 def bootstrap_ci(scores: np.ndarray, seed: int, num_resamples: int = NUM_RESAMPLES) -> tuple[float, float]:
@@ -68,10 +69,16 @@ def bootstrap_ci(scores: np.ndarray, seed: int, num_resamples: int = NUM_RESAMPL
         generator.multinomial(scores.size, counts / scores.size, size=len(chunk)) @ values / scores.size
         for chunk in np.array_split(np.empty(num_resamples), num_chunks)
     ]
-    return percentiles(np.concatenate(means))
-
-
-def percentiles(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    """The middle 95% of resampled values."""
-    low, high = np.percentile(values, [2.5, 97.5])
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
     return float(low), float(high)
+
+
+def interval_around(value: float, resampled: Sequence[float] | np.ndarray) -> tuple[float, float] | None:
+    """95% normal interval of a statistic that is no mean: `value` -+ 1.96 standard deviations of its resamples.
+
+    Percentiles would be off: with images drawn twice, ranks fall and clusters look better. None for too few resamples.
+    """
+    if len(resampled) < 2:
+        return None
+    half = 1.96 * float(np.std(resampled, ddof=1))
+    return value - half, value + half

@@ -7,14 +7,14 @@ the 95% bootstrap interval over validation images.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from sslvit.errors import InputError
 from sslvit.probes import cluster, retrieval, segmentation
-from sslvit.probes.rows import bootstrap_ci, percentiles
+from sslvit.probes.rows import bootstrap_ci, interval_around
 
 
 @dataclass(frozen=True)
@@ -72,27 +72,32 @@ Said = Ranking | Draws | Neighbours | Clusters | Presence | Estimates | Maps
 
 @dataclass(frozen=True)
 class Answer:
-    """What a fitted probe says. variant: "" or like "k10/"; protocol: how it came about, in words."""
+    """What a fitted probe says. variant: "" or like "k10/"; protocol: how, in words; chosen: what it chose on train."""
 
     said: Said
     protocol: str
     variant: str = ""
+    chosen: str = ""
 
 
 @dataclass(frozen=True)
 class Score:
-    """One measured number. metric: "top1", "k10/top1", ...; per_image (m,): what the value is the mean of, if any."""
+    """One number, measured on `num_images`. metric: "top1", ...; per_image (m,): what it is the mean of, if anything."""
 
     metric: str
     value: float
     ci95: tuple[float, float] | None
     protocol: str
+    num_images: int
     per_image: np.ndarray | None = None
+    chosen: str = ""
 
 
 def score(answers: Sequence[Answer], labels: np.ndarray, seed: int) -> list[Score]:
     """Compare answers with the validation labels: (m,) classes or numbers, or (m, C) of 0 and 1."""
-    return [measured for answer in answers for measured in _score_one(answer, labels, seed)]
+    return [
+        replace(measured, chosen=answer.chosen) for answer in answers for measured in _score_one(answer, labels, seed)
+    ]
 
 
 def mean_score(scores: Sequence[Score], seed: int) -> Score:
@@ -101,12 +106,13 @@ def mean_score(scores: Sequence[Score], seed: int) -> Score:
     images = [s.per_image for s in scores if s.per_image is not None]
     if len(images) == len(scores) and len({len(values) for values in images}) == 1:
         return _per_image(scores[0].metric, np.mean(images, axis=0), words, seed)
-    return Score(scores[0].metric, float(np.mean([s.value for s in scores])), None, words)
+    value, num_images = float(np.mean([s.value for s in scores])), min(s.num_images for s in scores)
+    return Score(scores[0].metric, value, None, words, num_images)
 
 
 def _per_image(metric: str, values: np.ndarray, protocol: str, seed: int) -> Score:
     values = values.astype(np.float64)
-    return Score(metric, float(values.mean()), bootstrap_ci(values, seed), protocol, values)
+    return Score(metric, float(values.mean()), bootstrap_ci(values, seed), protocol, len(values), values)
 
 
 def _score_one(answer: Answer, labels: np.ndarray, seed: int) -> list[Score]:
@@ -114,7 +120,7 @@ def _score_one(answer: Answer, labels: np.ndarray, seed: int) -> list[Score]:
     if isinstance(said, Ranking):
         hits = said.labels == labels[:, None]
         scores = [_per_image(f"{answer.variant}top1", hits[:, 0], protocol, seed)]
-        if said.num_classes > 5:
+        if said.num_classes > 5 and not answer.variant:
             scores.append(_per_image(f"{answer.variant}top5", hits.any(axis=1), protocol, seed))
         return scores
     if isinstance(said, Draws):
@@ -154,7 +160,13 @@ def _score_clusters(said: Clusters, labels: np.ndarray, protocol: str, seed: int
     )
     measures = {"nmi": cluster.normalised_mutual_information, "ari": cluster.adjusted_rand_index}
     return [
-        Score(name, measure(table), percentiles([measure(t.reshape(table.shape)) for t in resampled]), protocol)
+        Score(
+            name,
+            measure(table),
+            interval_around(measure(table), [measure(t.reshape(table.shape)) for t in resampled]),
+            protocol,
+            len(labels),
+        )
         for name, measure in measures.items()
     ]
 
@@ -165,7 +177,8 @@ def _score_maps(said: Maps, truth: np.ndarray, protocol: str, seed: int, variant
     flat = tables.reshape(len(tables), -1)
     weights = np.random.default_rng([seed, len(flat)]).multinomial(len(flat), np.full(len(flat), 1 / len(flat)), 1000)
     resampled = segmentation.mean_iou((weights @ flat).reshape(-1, *tables.shape[1:]))
-    return Score(f"{variant}miou", float(segmentation.mean_iou(tables.sum(axis=0))), percentiles(resampled), protocol)
+    value = float(segmentation.mean_iou(tables.sum(axis=0)))
+    return Score(f"{variant}miou", value, interval_around(value, resampled), protocol, len(truth))
 
 
 def average_precision(scores: np.ndarray, present: np.ndarray) -> float:
@@ -215,4 +228,4 @@ def score_resampled(
     with np.errstate(all="ignore"):
         values = [value for value in map(measure, draws) if np.isfinite(value)]
         whole = measure(np.arange(num_images))
-    return Score(metric, whole, percentiles(values) if values else None, protocol)
+    return Score(metric, whole, interval_around(whole, values), protocol, num_images)

@@ -224,13 +224,13 @@ def align_labels(train: Features, val: Features, label: str) -> np.ndarray:
 
 def _row(subject: Subject, name: str, one: Score, sets: tuple[Examples, Examples], config: EvaluateConfig) -> Row:
     """The row of one score: its full name, and all that the number rests on."""
-    train, val = sets
-    preprocessing = train.preprocessing
+    train, preprocessing = sets[0], sets[0].preprocessing
     protocol = describe(
         one.protocol,
+        one.chosen,
         images=f"{preprocessing.image_size} px, crop {preprocessing.crop_pct:g}",
         n_train=len(train.features),
-        n_val=len(val.features),
+        n_val=one.num_images,
         precision=train.extraction.precision,
     )
     return row(

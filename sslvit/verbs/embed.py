@@ -1,0 +1,109 @@
+"""`sslvit embed`: features of images in a file, one row per readable image, exactly those that `evaluate` judges.
+
+NPZ: `features` (n, D) float32, not normalised; `names` fixed-width unicode; `labels` int64 when the set has any. Parquet:
+columns `name`, `features` (fixed-size list of float32) and one column per label.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import torch
+
+from sslvit.data.sources import open_source
+from sslvit.encoder.weights import load_encoder
+from sslvit.errors import InputError
+from sslvit.probes.features import Examples, Extraction, Features, default_precision
+from sslvit.probes.knn import normalised
+
+SUFFIXES = (".npz", ".parquet")
+
+
+def embed(
+    *,
+    encoder: str,
+    data: str,
+    output_file: str | Path,
+    batch_size: int = 256,
+    device: str | None = None,
+    precision: str | None = None,
+    num_workers: int | None = None,
+    index: bool = False,
+) -> dict[str, np.ndarray]:
+    """Write the features of `data` to `output_file` (.npz or .parquet); returns the arrays of the npz form.
+
+    `index` adds a faiss index of the unit-length features beside it (inner product is cosine), in the same order.
+    Raises InputError when the encoder or the images cannot be read, or a feature is not finite.
+    """
+    file = Path(output_file)
+    if file.suffix not in SUFFIXES:
+        raise InputError(f"--output-file {file}: the name must end in {' or '.join(SUFFIXES)}")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = load_encoder(encoder, device=device)
+    extraction = Extraction(
+        batch_size=batch_size,
+        device=device,
+        precision=precision or default_precision(device),
+        num_workers=num_workers,
+        cache_dir=Path(os.environ["SSLVIT_CACHE"]) if os.environ.get("SSLVIT_CACHE") else None,
+    )
+    fingerprint = f"{loaded.fingerprint} {loaded.architecture}"
+    features = Examples(open_source(data), loaded.module, loaded.preprocessing, extraction, fingerprint).features
+    arrays = as_arrays(features)
+    _write(file, arrays if file.suffix == ".npz" else as_table(features))
+    if index:
+        _write(file.with_suffix(".faiss"), _faiss_index(features.cls))
+    print(f"{file}: features of {len(features)} images, {features.cls.shape[1]} dimensions")
+    return arrays
+
+
+def as_arrays(features: Features) -> dict[str, np.ndarray]:
+    """features (n, D) float32, names (n,) unicode; labels (n,) int64, or (n, L) with label_names (L,) for several."""
+    arrays = {"features": np.array(features.cls, dtype=np.float32), "names": np.array(features.names, dtype=np.str_)}
+    if len(features.labels) == 1:
+        arrays["labels"] = next(iter(features.labels.values())).astype(np.int64)
+    elif features.labels:
+        arrays["labels"] = np.stack(list(features.labels.values()), axis=1).astype(np.int64)
+        arrays["label_names"] = np.array(list(features.labels), dtype=np.str_)
+    return arrays
+
+
+def as_table(features: Features) -> pa.Table:
+    """The Parquet form. Names that are no UTF-8 are written with backslash escapes."""
+    flat = pa.array(np.array(features.cls, dtype=np.float32).ravel())
+    columns = {
+        "name": pa.array([name.encode("utf-8", "backslashreplace").decode() for name in features.names]),
+        "features": pa.FixedSizeListArray.from_arrays(flat, features.cls.shape[1]),
+    }
+    return pa.table(columns | {name: pa.array(values) for name, values in features.labels.items()})
+
+
+def _faiss_index(features: np.ndarray) -> Any:
+    index = faiss.IndexFlatIP(features.shape[1])
+    index.add(normalised(features))
+    return index
+
+
+def _write(file: Path, content: Any) -> None:
+    """Write in one step: a reader sees the old file or the new one. InputError when the place cannot be written."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as handle:
+            if isinstance(content, dict):
+                np.savez(handle, **content)
+            elif isinstance(content, pa.Table):
+                pyarrow.parquet.write_table(content, handle)
+            else:
+                handle.write(faiss.serialize_index(content).tobytes())
+        os.replace(partial, file)
+    except OSError as error:
+        raise InputError(f"cannot write {file}: {error.strerror or error}; choose another --output-file") from None
+    finally:
+        partial.unlink(missing_ok=True)
