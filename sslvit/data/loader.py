@@ -326,7 +326,7 @@ class Workers:
         return job.result
 
     def _serve(self) -> None:
-        torch.get_num_threads()  # a thread's first question sets it to what all have; only then does its own setting last
+        torch.get_num_threads()  # a thread's first question sets it to what all have; after that its own setting lasts
         torch.set_num_threads(1)  # the cores are shared out among the threads already
         self._ready.wait()
         while (job := self._jobs.get()) is not None:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as tv
+from torchvision.transforms import v2
 
 from sslvit.data import photometry
 from sslvit.data.config import PhotometryConfig
@@ -201,3 +202,33 @@ def test_draws_of_different_operations_are_independent():
     jittered = rows[rows[:, BRIGHTNESS] != 1]
     correlation = np.corrcoef(jittered.T) - np.eye(photometry.NUM_PARAMETERS)
     assert np.abs(correlation).max() < 0.05
+
+
+def statistics(views):
+    """Brightness, contrast, colourfulness and sharpness of each view (B, 3, H, W): (B, 4)."""
+    edges = (views[..., 1:] - views[..., :-1]).abs().mean((1, 2, 3))
+    return torch.stack([views.mean((1, 2, 3)), views.std((2, 3)).mean(1), views.std(1).mean((1, 2)), edges], 1)
+
+
+def test_views_are_spread_as_those_of_torchvisions_whole_chain():
+    generator = torch.Generator().manual_seed(5)
+    coarse = torch.rand(1200, 3, 6, 6, generator=generator)
+    pictures = torch.nn.functional.interpolate(coarse, (48, 48), mode="bicubic").clamp(0, 1).mul(255).to(torch.uint8)
+    u = np.random.default_rng(5).random((1200, photometry.NUM_UNIFORMS))
+    config = PhotometryConfig(global_blur_prob=[0.5], global_solarize_prob=[0.2])
+    ours = statistics(colour(pictures, torch.from_numpy(photometry.draw(u, config, "global", 0, 3))))
+    torch.manual_seed(5)
+    chain = v2.Compose(
+        [
+            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
+            v2.RandomGrayscale(0.2),
+            v2.RandomApply([v2.GaussianBlur(photometry.kernel_size(48), (0.1, 2.0))], p=0.5),
+            v2.RandomSolarize(128, p=0.2),
+        ]
+    )
+    theirs = statistics(torch.stack([chain(picture) for picture in pictures]).float() / 255)
+    for quantile in (0.1, 0.5, 0.9):
+        difference = ours.quantile(quantile, 0) - theirs.quantile(quantile, 0)
+        assert (difference.abs() < 0.35 * theirs.std(0)).all(), (quantile, difference / theirs.std(0))
+    plain = statistics(pictures.float() / 255)  # without colour operations the spread is another
+    assert ((plain.quantile(0.1, 0) - theirs.quantile(0.1, 0)).abs() > 0.5 * theirs.std(0)).any()
