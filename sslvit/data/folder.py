@@ -19,29 +19,11 @@ from sslvit.errors import InputError
 # Image formats by extension, whether or not they can be decoded here: what cannot is named, not passed over.
 EXTENSIONS = frozenset(
     (
-        *("jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "bmp", "dib", "gif", "tif", "tiff", "ppm", "pgm", "pbm"),
-        *("pnm", "pfm", "jp2", "j2k", "jpc", "jpf", "jpx", "j2c", "jxl", "avif", "avifs", "heic", "heif", "mpo", "tga"),
-        *("icb", "vda", "vst", "ico", "icns", "cur", "pcx", "dcx", "sgi", "rgb", "rgba", "bw", "ras", "dds", "psd"),
-        *(
-            "qoi",
-            "blp",
-            "fit",
-            "fits",
-            "fli",
-            "flc",
-            "ftc",
-            "ftu",
-            "gbr",
-            "im",
-            "msp",
-            "pcd",
-            "pxr",
-            "xbm",
-            "xpm",
-            "eps",
-            "wmf",
-            "emf",
-        ),
+        *("jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "bmp", "dib", "gif", "tif", "tiff", "ppm", "pgm"),
+        *("pbm", "pnm", "pfm", "jp2", "j2k", "jpc", "jpf", "jpx", "j2c", "jxl", "avif", "avifs", "heic", "heif"),
+        *("mpo", "tga", "icb", "vda", "vst", "ico", "icns", "cur", "pcx", "dcx", "sgi", "rgb", "rgba", "bw"),
+        *("ras", "dds", "psd", "qoi", "blp", "fit", "fits", "fli", "flc", "ftc", "ftu", "gbr", "im", "msp", "pcd"),
+        *("pxr", "xbm", "xpm", "eps", "wmf", "emf"),
     )
 )
 _EXTENSIONS = frozenset(extension.encode() for extension in EXTENSIONS)

@@ -166,7 +166,7 @@ def _one_split(names: list[str], split: str | None, path: str) -> list[str]:
 def _spec_of_files(form: str, path: str, names: list[str]) -> str:
     """The shortest spec of these files: a pattern where one matches exactly them, else their list."""
     paths = [os.path.join(path, name) for name in names]
-    start = os.path.commonprefix(paths)
+    start = os.path.commonprefix(paths)  # noqa: RUF071 (of the text, not of folders)
     pattern = f"{start}*.{form}" if len(paths) > 1 else paths[0]
     exact = glob.escape(start) == start and sorted(glob.glob(pattern)) == sorted(paths)
     return f"{form}:{pattern if exact else ','.join(paths)}"
