@@ -193,7 +193,7 @@ def _find(tensors: Mapping[str, Tensor], prefer: str) -> tuple[str, str]:
         raise InputError(
             f"no ViT in the checkpoint (it holds {sample}, ...); known: timm, DINO, MAE, DINOv2, Hugging Face"
         )
-    order = {prefer: 0, "teacher": 1, "ema": 2, "student": 4}
+    order = {"teacher": 1, "ema": 2, "student": 4} | {prefer: 0}
     return min(found, key=lambda item: (min((r for w, r in order.items() if w in item[0]), default=3), len(item[0])))
 
 

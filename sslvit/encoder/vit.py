@@ -36,6 +36,7 @@ from sslvit.encoder.config import EncoderConfig
 from sslvit.errors import InputError
 
 Encoder: TypeAlias = VisionTransformer | Eva
+VIT_MODULES = {"vision_transformer", "deit", "eva"}  # of timm.models
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,8 @@ def create_timm(name: str, args: dict[str, Any]) -> Encoder:
     if not timm.is_model(name):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(["vit_*", "eva*"]), n=1)
         raise InputError(f"timm has no model named {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    if not timm.models.is_model_in_modules(name, VIT_MODULES):
+        raise InputError(f"{name!r} is no timm VisionTransformer or Eva; choose a vit_* or eva* model")
     try:
         encoder = timm.create_model(name, pretrained=False, num_classes=0, **args)
     except (TypeError, AssertionError) as error:

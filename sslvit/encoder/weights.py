@@ -30,7 +30,7 @@ from sslvit.encoder.architecture import Architecture, config_of, heads_of_name, 
 from sslvit.encoder.config import IMAGENET_MEAN, IMAGENET_STD, EncoderConfig, Preprocessing
 from sslvit.encoder.layouts import to_timm
 from sslvit.encoder.strict import ImportReport, import_weights
-from sslvit.encoder.vit import Encoder, check_encoder, create_encoder
+from sslvit.encoder.vit import VIT_MODULES, Encoder, check_encoder, create_encoder
 from sslvit.errors import InputError
 
 __all__ = ["ImportReport", "LoadedEncoder", "import_weights", "init_encoder", "load_encoder", "random_like"]
@@ -153,6 +153,8 @@ def _from_name(name: str, options: dict[str, Any], spec: str) -> LoadedEncoder:
 
 
 def _pretrained(name: str, architecture: Architecture, spec: str) -> Encoder:
+    if not timm.models.is_model_in_modules(architecture.name, VIT_MODULES):
+        raise InputError(f"{spec}: no timm VisionTransformer or Eva; choose a vit_* or eva* model")
     try:
         module = timm.create_model(name, pretrained=True, num_classes=0, **architecture.args)
     except (TypeError, AssertionError) as error:
