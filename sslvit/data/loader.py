@@ -10,16 +10,12 @@ processes, and decoded images are shared. Colour happens on the training device 
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
 import os
-import queue
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,16 +23,15 @@ import torch
 from sslvit.data import crops as geometry
 from sslvit.data.config import CropsConfig, PhotometryConfig
 from sslvit.data.decode import BadFiles, BadImage, decode
+from sslvit.data.sources import Source
+from sslvit.data.workers import Job, Workers
 from sslvit.encoder.config import Preprocessing
-from sslvit.errors import InputError, Resumable
-
-if TYPE_CHECKING:
-    from sslvit.data.sources import Source
+from sslvit.errors import InputError
 
 CACHE_BYTES = 1536 * 2**20
 _CACHE_PROBE = 64  # images measured before deciding whether the decoded set fits
 _PREFETCH = 2  # batches ready or in work ahead of the one in use
-_HANG_SECONDS = 300.0
+_HELD_BYTES = 32 * 2**20  # decoded pixels a thread holds before it cuts them; drawing for many at once is cheaper
 _FEISTEL_TURNS = 8
 _ORDER, _REPLACEMENT, _STATISTICS = -1, -2, -3  # in place of a view in the key: draws that belong to no view
 
@@ -170,7 +165,7 @@ class Loader:
     def __iter__(self) -> Iterator[tuple[Views, int]]:
         stride = self._batch_size * self._world
         with Workers(self._num_workers, self._source.name) as workers:
-            pending: deque[tuple[_Batch, list[_Job], int]] = deque()
+            pending: deque[tuple[_Batch, list[Job], int]] = deque()
             head = self.cursor
             while True:
                 while len(pending) < (_PREFETCH + 1 if self._num_workers else 1):
@@ -208,15 +203,28 @@ class Loader:
 
     def _fill(self, batch: _Batch, part: slice, report: Callable[[int], None]) -> None:
         """Decode and cut the images of some columns of a batch; what a worker does."""
-        views, ids = batch.views, batch.ids[part]
-        images = []
-        for column, sample in zip(range(part.start, part.stop), ids.tolist(), strict=True):
-            image, shown = self._read(sample, int(views.epochs[column]), report)
-            views.sample_ids[column] = shown
+        images: list[np.ndarray] = []
+        held = 0
+        for column in range(part.start, part.stop):
+            image, shown = self._read(int(batch.ids[column]), int(batch.views.epochs[column]), report)
+            batch.views.sample_ids[column] = shown
             images.append(image)
-        sizes = np.array([image.shape[:2] for image in images])
+            held += image.nbytes
+            if column + 1 == part.stop or held > _HELD_BYTES:
+                self._cut(batch, slice(column + 1 - len(images), column + 1), images)
+                images, held = [], 0
+
+    def _cut(self, batch: _Batch, part: slice, images: list[np.ndarray]) -> None:
+        """Write the views of decoded images into their columns."""
+        views = batch.views
         plans = geometry.plan_views(
-            sizes, self._crops, self._photometry, self._channels, self._seed, views.epochs[part].numpy(), ids
+            np.array([image.shape[:2] for image in images]),
+            self._crops,
+            self._photometry,
+            self._channels,
+            self._seed,
+            views.epochs[part].numpy(),
+            batch.ids[part],
         )
         rows = (views.global_photometry, views.local_photometry)
         for plan, crops, row in zip(plans, (views.global_crops, views.local_crops), rows, strict=True):
@@ -247,103 +255,6 @@ class Loader:
 class _Batch:
     views: Views
     ids: np.ndarray  # (B,) as drawn, before replacements
-
-
-@dataclass
-class _Job:
-    work: Callable[..., Any]
-    arguments: tuple[Any, ...]
-    done: threading.Event
-    at: int | None = None  # the image being read just now
-    error: BaseException | None = None
-    result: Any = None
-
-
-class _Stopped(Exception):
-    """Nobody waits for this job any more."""
-
-
-class Workers:
-    """A few daemon threads that run jobs in order of submission; with none, the waiting thread runs them itself.
-
-    A job that fails raises where it is waited for, naming the image it was at. A job that stays at one image for five
-    minutes (a dead network disk) raises Resumable there, and being daemons the threads cannot keep the process alive.
-    """
-
-    def __init__(self, num_threads: int, name: Callable[[int], str]) -> None:
-        self._name = name
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._stopping = False
-        self._threads = [threading.Thread(target=self._serve, daemon=True, name="loader") for _ in range(num_threads)]
-        self._ready = threading.Barrier(num_threads + 1)
-
-    def __enter__(self) -> Workers:
-        torch_threads = torch.get_num_threads()
-        for thread in self._threads:
-            thread.start()
-        self._ready.wait()
-        if self._threads:
-            torch.set_num_threads(torch_threads)  # what a thread sets for itself is also what later ones would inherit
-        atexit.register(self.close)  # a thread inside native code while the interpreter goes away would abort it
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        atexit.unregister(self.close)
-        self.close()
-
-    def close(self) -> None:
-        """Drop the queued jobs and let the threads go; one that hangs is left behind after a few seconds."""
-        self._stopping = True
-        for _ in self._threads:
-            self._jobs.put(None)
-        deadline = time.monotonic() + 5
-        for thread in self._threads:
-            thread.join(timeout=max(0.0, deadline - time.monotonic()))
-
-    def submit(self, work: Callable[..., Any], *arguments: Any) -> _Job:
-        """Queue work(*arguments, report); it calls report(index) as it starts on an image."""
-        job = _Job(work, arguments, threading.Event())
-        if self._threads:
-            self._jobs.put(job)
-        return job
-
-    def wait(self, job: _Job) -> Any:
-        """The job's result, once it is done."""
-        if not self._threads:
-            self._run(job)
-        at, since = job.at, time.monotonic()
-        while not job.done.wait(timeout=min(1.0, _HANG_SECONDS)):
-            if job.at != at:
-                at, since = job.at, time.monotonic()
-            elif at is not None and time.monotonic() - since > _HANG_SECONDS:
-                problem = f"reading {self._name(at)} has hung for {_HANG_SECONDS:.0f} s"
-                raise Resumable(f"{problem}; see to its disk and run the same command again")
-        if isinstance(job.error, InputError):
-            raise job.error
-        if job.error is not None:
-            where = "before the first image" if job.at is None else f"at {self._name(job.at)}"
-            raise RuntimeError(f"loading failed {where}: {job.error!r}") from job.error
-        return job.result
-
-    def _serve(self) -> None:
-        torch.get_num_threads()  # a thread's first question sets it to what all have; after that its own setting lasts
-        torch.set_num_threads(1)  # the cores are shared out among the threads already
-        self._ready.wait()
-        while (job := self._jobs.get()) is not None:
-            self._run(job)
-
-    def _run(self, job: _Job) -> None:
-        def report(index: int) -> None:
-            if self._stopping:
-                raise _Stopped
-            job.at = index
-
-        try:
-            if not self._stopping:
-                job.result = job.work(*job.arguments, report)
-        except BaseException as error:  # raised again where the job is waited for
-            job.error = error
-        job.done.set()
 
 
 def clean_batches(
@@ -377,7 +288,7 @@ def clean_batches(
     threads = default_workers() if num_workers is None else num_workers
     with Workers(threads, source.name) as workers:
         starts = iter(range(0, len(order), batch_size))
-        pending: deque[_Job] = deque()
+        pending: deque[Job] = deque()
         while True:
             while len(pending) <= threads + 1 and (start := next(starts, None)) is not None:
                 pending.append(workers.submit(fill, order[start : start + batch_size]))

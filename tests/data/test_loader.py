@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sslvit.data import crops, loader
+from sslvit.data import crops, loader, workers
 from sslvit.data.config import CropsConfig, PhotometryConfig
 from sslvit.data.decode import BadFiles, BadImage
 from sslvit.data.loader import Loader, clean_batches, measure_statistics
@@ -230,6 +230,15 @@ def test_a_failing_worker_raises_with_the_name(num_workers):
         take(make(Broken(), num_workers=num_workers), 6)
 
 
+def test_an_interrupt_stays_an_interrupt():
+    class Interrupted(Pictures):
+        def read(self, index):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        take(make(Interrupted()), 1)
+
+
 def test_a_hanging_read_is_named_and_does_not_hang_the_run(monkeypatch):
     release = threading.Event()
 
@@ -239,7 +248,7 @@ def test_a_hanging_read_is_named_and_does_not_hang_the_run(monkeypatch):
                 release.wait(20)
             return super().read(index)
 
-    monkeypatch.setattr(loader, "_HANG_SECONDS", 0.2)
+    monkeypatch.setattr(workers, "HANG_SECONDS", 0.2)
     batches, start = iter(make(Hanging(), num_workers=1)), time.monotonic()
     threading.Timer(1.0, release.set).start()  # so that the thread is not left over
     with pytest.raises(Resumable, match="picture-6 has hung"):
@@ -306,6 +315,16 @@ def test_the_cache_gives_up_as_soon_as_the_whole_set_cannot_fit(monkeypatch):
     for index in range(8):
         images[index]
     assert images._kept is None
+
+
+def test_large_images_are_cut_a_few_at_a_time_with_the_same_result(monkeypatch):
+    expected, held = take(make(), 3), []
+    monkeypatch.setattr(loader, "_HELD_BYTES", 2 * 12 * 14 * 3)
+    batches = make()
+    cut = batches._cut
+    batches._cut = lambda batch, part, images: (held.append(len(images)), cut(batch, part, images))
+    assert all(equal(a[0], b[0]) for a, b in zip(expected, take(batches, 3), strict=True))
+    assert max(held) == 3 and sum(held) == 15
 
 
 def test_grey_and_many_channels_and_a_size_that_is_not_square():

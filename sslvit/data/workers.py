@@ -1,0 +1,119 @@
+"""Threads that load: what fails in one is raised where it is waited for, with the image's name; none can hang a run.
+
+It knows nothing of images but their indices (`loader.py` does the loading).
+"""
+
+from __future__ import annotations
+
+import atexit
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sslvit.errors import InputError, Resumable
+
+HANG_SECONDS = 300.0
+
+
+@dataclass
+class Job:
+    """Work handed to the threads, and what became of it."""
+
+    work: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    done: threading.Event
+    at: int | None = None  # the image being read just now
+    error: BaseException | None = None
+    result: Any = None
+
+
+class _Stopped(Exception):
+    """Nobody waits for this job any more."""
+
+
+class Workers:
+    """A few daemon threads that run jobs in order of submission; with none, the waiting thread runs them itself.
+
+    A job that fails raises where it is waited for, naming the image it was at. A job that stays at one image for five
+    minutes (a dead network disk) raises Resumable there, and being daemons the threads cannot keep the process alive.
+    """
+
+    def __init__(self, num_threads: int, name: Callable[[int], str]) -> None:
+        self._name = name
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._stopping = False
+        self._threads = [threading.Thread(target=self._serve, daemon=True, name="loader") for _ in range(num_threads)]
+        self._ready = threading.Barrier(num_threads + 1)
+
+    def __enter__(self) -> Workers:
+        torch_threads = torch.get_num_threads()
+        for thread in self._threads:
+            thread.start()
+        self._ready.wait()
+        if self._threads:
+            torch.set_num_threads(torch_threads)  # what a thread sets for itself is also what later ones would inherit
+        atexit.register(self.close)  # a thread inside native code while the interpreter goes away would abort it
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        atexit.unregister(self.close)
+        self.close()
+
+    def close(self) -> None:
+        """Drop the queued jobs and let the threads go; one that hangs is left behind after a few seconds."""
+        self._stopping = True
+        for _ in self._threads:
+            self._jobs.put(None)
+        deadline = time.monotonic() + 5
+        for thread in self._threads:
+            thread.join(timeout=max(0.0, deadline - time.monotonic()))
+
+    def submit(self, work: Callable[..., Any], *arguments: Any) -> Job:
+        """Queue work(*arguments, report); it calls report(index) as it starts on an image."""
+        job = Job(work, arguments, threading.Event())
+        if self._threads:
+            self._jobs.put(job)
+        return job
+
+    def wait(self, job: Job) -> Any:
+        """The job's result, once it is done."""
+        if not self._threads:
+            self._run(job)
+        at, since = job.at, time.monotonic()
+        while not job.done.wait(timeout=min(1.0, HANG_SECONDS)):
+            if job.at != at:
+                at, since = job.at, time.monotonic()
+            elif at is not None and time.monotonic() - since > HANG_SECONDS:
+                problem = f"reading {self._name(at)} has hung for {HANG_SECONDS:.0f} s"
+                raise Resumable(f"{problem}; see to its disk and run the same command again")
+        if isinstance(job.error, InputError) or not isinstance(job.error, Exception | None):
+            raise job.error
+        if job.error is not None:
+            where = "before the first image" if job.at is None else f"at {self._name(job.at)}"
+            raise RuntimeError(f"loading failed {where}: {job.error!r}") from job.error
+        return job.result
+
+    def _serve(self) -> None:
+        torch.get_num_threads()  # a thread's first question sets it to what all have; after that its own setting lasts
+        torch.set_num_threads(1)  # the cores are shared out among the threads already
+        self._ready.wait()
+        while (job := self._jobs.get()) is not None:
+            self._run(job)
+
+    def _run(self, job: Job) -> None:
+        def report(index: int) -> None:
+            if self._stopping:
+                raise _Stopped
+            job.at = index
+
+        try:
+            if not self._stopping:
+                job.result = job.work(*job.arguments, report)
+        except BaseException as error:  # raised again where the job is waited for
+            job.error = error
+        job.done.set()
