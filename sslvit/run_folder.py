@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fnmatch
+import functools
 import hashlib
 import json
 import math
@@ -72,7 +73,11 @@ OWN_FOLDERS = (
 #: Verbs that may write into another verb's folder; they keep their own record in a subfolder of their name.
 GUESTS = ("evaluate",)
 
+#: The verb whose folder holds whole stories: every other verb is a guest in it.
+HOST = "demo"
+
 LOCK = ".lock"
+SETTLE_SECONDS = 0.5
 PACKAGES = ("sslvit", "torch", "torchvision", "timm", "numpy", "faiss-cpu", "xformers", "transformers", "pillow")
 
 
@@ -244,7 +249,7 @@ def _record_folder(path: Path, verb: str, overwrite: bool) -> Path:
     owner = _owner(path)
     if owner in (None, verb):
         return path
-    if verb in GUESTS:
+    if verb in GUESTS or owner == HOST:
         return path / verb
     if overwrite:
         return path
@@ -324,7 +329,7 @@ class Lock:
         if _is_alive(self._read()):
             return False
         self._write(json.dumps(_me()))
-        time.sleep(0.3)  # whoever else saw the stale holder has written by now: the last one has it
+        time.sleep(SETTLE_SECONDS)  # whoever else saw the stale holder has written by now: the last one has it
         return self._read() == _me()
 
     def _read(self) -> dict[str, Any]:
@@ -358,9 +363,14 @@ _OPEN_LOCKS: weakref.WeakSet[Lock] = weakref.WeakSet()
 
 def _close_in_children(lock: Lock) -> None:
     """Forked workers must not keep the lock of a parent that was killed."""
-    if not _OPEN_LOCKS and hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=_close_locks)
+    _register_at_fork()
     _OPEN_LOCKS.add(lock)
+
+
+@functools.cache
+def _register_at_fork() -> None:
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_close_locks)
 
 
 def _close_locks() -> None:

@@ -89,7 +89,7 @@ def _run(config: PretrainConfig, folder: RunFolder, device: torch.device) -> Non
             best="knn/top1",
         )
     if distributed.is_main():
-        write_run_encoders(folder.path, facts={"data": config.data, "steps": resolved.steps, "config": as_dict(resolved)})
+        write_run_encoders(folder.path)
         folder.finish()
 
 
