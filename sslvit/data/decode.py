@@ -6,6 +6,7 @@ It never resizes (except by JPEG's own reduced scales, when allowed) and never g
 - Transparency is composited on white, unless as many channels are asked for as the file has with its alpha.
 - 16-bit values v become round(v / 257). Floats within 0..1 become 255 v, those within 0..255 are kept. Any other range,
   and signed or 32-bit integers, are stretched from their 0.5th..99.5th percentile over the image. NaN, infinity are 0.
+- Every band of a multi-band TIFF is a channel (tiff.py); all bands are scaled alike.
 - CMYK, YCbCr, HSV and LAB become RGB; RGB becomes grey by BT.601 luma, grey becomes RGB by repetition.
 - The size in the header is checked against `max_pixels` before anything is decoded.
 - A truncated or corrupt stream is bad; only a JPEG's missing end-of-image marker is forgiven.
@@ -21,6 +22,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageCms
 
+from sslvit.data import tiff
 from sslvit.data.bad_files import BadFiles, BadImage
 
 __all__ = ["BadFiles", "BadImage", "decode", "describe"]
@@ -71,6 +73,9 @@ def decode(
             image = _decode_jpeg(data, channels, max_pixels, min_side)
             if image is not None:
                 return image
+        bands = tiff.read_header(data)
+        if bands is not None:
+            return _decode_bands(data, bands, channels, max_pixels)
         return _decode_with_pillow(data, channels, max_pixels)
     except BadImage:
         raise
@@ -86,6 +91,9 @@ def describe(data: bytes | np.ndarray) -> tuple[str, int]:
     if isinstance(data, np.ndarray):
         return f"array {data.dtype}", 1
     try:
+        bands = tiff.read_header(data)
+        if bands is not None:
+            return f"TIFF {bands.bands} x {bands.dtype.name}", 1
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             return f"{image.format} {image.mode}", int(getattr(image, "n_frames", 1))
     except Exception:  # whatever is wrong with it, decode says it
@@ -160,6 +168,14 @@ def _orient(image: np.ndarray, orientation: int) -> np.ndarray:
     if orientation in (3, 4, 7, 8):
         image = image[::-1]
     return np.ascontiguousarray(image)
+
+
+def _decode_bands(data: bytes, header: tiff.Header, channels: int | None, max_pixels: int) -> np.ndarray:
+    _check_size(header.width, header.height, max_pixels)
+    pixels = tiff.read_pixels(data, header)
+    if header.is_rgb and channels in (1, 3):
+        pixels = pixels[:, :, :3]  # what follows red, green and blue is extra
+    return _fit_channels(_orient(_array_to_uint8(pixels), header.orientation), channels)
 
 
 def _decode_with_pillow(data: bytes, channels: int | None, max_pixels: int) -> np.ndarray:
