@@ -116,7 +116,7 @@ def train(
     good checkpoint while the data go on; at the second roll-back a RuntimeError stops the run. On a signal or a full
     disk: Resumable.
     """
-    assert precision in ("fp32", "bf16"), precision
+    assert precision in ("fp32", "bf16") and checkpoint_every > 0, (precision, checkpoint_every)
     saver = _Saver(Path(folder) / "checkpoints", module, optimizer, metrics, dict(meta or {}), keep)
     newest = saver.find()
     metrics.begin(steps, None if newest is None else _step_of(newest), stage, device)
@@ -124,6 +124,8 @@ def train(
     model = _parallel(module, device)
     batches.seek(progress.cursor)
     stream = iter(batches)
+    if 0 < progress.step < steps:
+        metrics.say(f"going on from step {progress.step}")
     try:
         if newest is None:
             _evaluate(periodic, model, metrics, progress, best)
@@ -144,6 +146,7 @@ def train(
                         loss, parts = model(batch.to(device), step)
                     (loss / accumulate).backward()
                 logs.append({"loss": loss.detach(), **parts})
+            _check_all_used(module)
             module.before_update(step)  # type: ignore[operator]
             norm = clip_grad_norm_(module.parameters(), clip_norm)
             progress.step += 1
@@ -318,7 +321,9 @@ def _parallel(module: nn.Module, device: torch.device) -> nn.Module:
     module.to(device).train()
     if distributed.world_size() == 1:
         return module
-    return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+    model = DistributedDataParallel(module, gradient_as_bucket_view=True)
+    model.broadcast_buffers = False  # an attribute, because the argument's name changes within the torch we support
+    return model
 
 
 def _no_sync(model: nn.Module, wanted: bool) -> contextlib.AbstractContextManager[Any]:
@@ -326,6 +331,13 @@ def _no_sync(model: nn.Module, wanted: bool) -> contextlib.AbstractContextManage
     if wanted and isinstance(model, DistributedDataParallel):
         return model.no_sync()
     return contextlib.nullcontext()
+
+
+def _check_all_used(module: nn.Module) -> None:
+    """Gradients are averaged as they appear, so with several processes every trainable parameter must get one."""
+    if distributed.world_size() > 1:
+        unused = [name for name, value in module.named_parameters() if value.requires_grad and value.grad is None]
+        assert not unused, f"{unused[0]} and {len(unused) - 1} others take no part in the loss: freeze them"
 
 
 def _not_finite(norm: Tensor, logs: list[dict[str, Any]]) -> Tensor:

@@ -1,0 +1,215 @@
+"""What two processes do together, each check in the same two processes. Not a test: test_ranks.py starts it.
+
+`python rank_checks.py RANK WORLD FOLDER`; every check raises on failure, and the main process prints results as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from toy_run import Stream, Toy, digest, run
+
+from sslvit import checkpoint, distributed, training
+from sslvit.checkpoint import checkpoint_path, checkpoint_steps
+from sslvit.errors import Resumable
+from sslvit.metrics import MetricsLog
+from sslvit.signals import StopFlag
+
+NAN = float("nan")
+
+
+class OnOneRank(Toy):
+    """On rank 1 only: asks for a stop, or has a NaN loss, at given steps."""
+
+    def __init__(self, stop: StopFlag | None = None, stop_at: int = -1, bad: frozenset[int] = frozenset()) -> None:
+        super().__init__(dropout=0.0)
+        self.stop, self.stop_at, self.bad = stop, stop_at, bad
+
+    def forward(self, batch: torch.Tensor, step: int) -> tuple[torch.Tensor, dict[str, Any]]:
+        loss, logs = super().forward(batch, step)
+        if distributed.rank() == 1 and step in self.bad:
+            loss = loss + torch.tensor(NAN)
+        if distributed.rank() == 1 and step == self.stop_at:
+            assert self.stop is not None
+            self.stop.set("SIGTERM")
+        return loss, logs
+
+
+def state_sum(module: torch.nn.Module) -> list[float]:
+    """The state as numbers, and proof that every process has the same."""
+    flat = torch.cat([value.double().flatten() for value in module.state_dict().values()])
+    everywhere = distributed.all_gather_cat(flat[None])
+    assert all(torch.equal(row, flat) for row in everywhere), "the processes went apart"
+    return flat.tolist()
+
+
+def collectives(folder: Path) -> None:
+    rank, world = distributed.rank(), distributed.world_size()
+    ragged = torch.arange(rank + 1)[:, None] + 10 * rank
+    expected = [[i + 10 * r] for r in range(world) for i in range(r + 1)]
+    assert distributed.all_gather_cat(ragged).tolist() == expected
+    assert distributed.all_reduce_sum_(torch.tensor(rank + 1.0)) == sum(range(1, world + 1))
+    assert distributed.all_reduce_max_(torch.tensor(float(rank))) == world - 1
+    assert distributed.broadcast_object({"rank": rank}) == {"rank": 0}
+    distributed.barrier()
+
+
+def plain(folder: Path) -> list[float]:
+    module = Toy(dropout=0.0)
+    run(folder, module=module, size=8 // distributed.world_size())
+    return state_sum(module)
+
+
+def accumulated(folder: Path) -> list[float]:
+    module = Toy(dropout=0.0)
+    run(folder, module=module, size=4 // distributed.world_size(), accumulate=2)
+    return state_sum(module)
+
+
+def random_draws_differ(folder: Path) -> None:
+    module = Toy(dropout=0.5)
+    seen = []
+    module.student[2].register_forward_hook(lambda layer, inputs, output: seen.append(output.detach() == 0))
+    run(folder, module=module, size=4, steps=2)
+    everywhere = distributed.all_gather_cat(torch.stack(seen)[None])
+    assert distributed.world_size() == 1 or not torch.equal(everywhere[0], everywhere[1])
+    state_sum(module)
+
+
+def stopped_and_resumed(folder: Path) -> None:
+    """A signal that one process alone receives stops all at the same step; the same command goes on exactly."""
+    size = 8 // distributed.world_size()
+    run(folder / "whole", size=size)
+    stop = StopFlag()
+    try:
+        run(folder / "cut", module=OnOneRank(stop, stop_at=6), size=size, stop=stop)
+    except Resumable as error:
+        assert "after step 7" in str(error), error
+    else:
+        raise AssertionError("not stopped")
+    if distributed.is_main():
+        assert checkpoint_steps(folder / "cut/checkpoints")[-1] == 7
+    distributed.barrier()
+    module = Toy(dropout=0.0)
+    run(folder / "cut", module=module, size=size)
+    whole = Toy(dropout=0.0)
+    run(folder / "again", module=whole, size=size)
+    assert state_sum(module) == state_sum(whole)
+
+
+def bad_on_one_rank(folder: Path) -> None:
+    module = OnOneRank(bad=frozenset({5}))
+    progress = run(folder / "one", module=module, size=4)
+    assert progress.skipped == 1
+    assert module.applied == [step for step in range(12) if step != 5]
+    assert all(value == value for value in state_sum(module))
+    module = OnOneRank(bad=frozenset({5, 6, 7}))
+    try:
+        run(folder / "many", module=module, size=4)
+    except RuntimeError as error:
+        assert "the last good state is" in str(error), error
+    else:
+        raise AssertionError("steps 5, 6 and 7 stay bad after the roll-back, so the second one stops")
+    assert module.applied == [0, 1, 2, 3, 4, 4]
+    state_sum(module)
+
+
+class Alone(OnOneRank):
+    """Talks to nobody in after_step."""
+
+    def after_step(self, step: int) -> None:
+        self.applied.append(step)
+
+
+def without_agreement_they_go_apart(folder: Path) -> None:
+    agreed = training._not_finite
+    training._not_finite = lambda norm, logs: (~torch.isfinite(logs[0]["loss"])).float()
+    module = Alone(bad=frozenset({5}))
+    run(folder, module=module, size=4)
+    training._not_finite = agreed
+    try:
+        state_sum(module)
+    except AssertionError:
+        return
+    raise RuntimeError("a step skipped on one process alone went unnoticed")
+
+
+def unused_parameter(folder: Path) -> None:
+    module = Toy()
+    module.extra = torch.nn.Linear(2, 2)
+    try:
+        run(folder, module=module, size=4)
+    except AssertionError as error:
+        assert "extra.weight and 1 others take no part in the loss" in str(error), error
+    else:
+        raise RuntimeError("an unused parameter went unnoticed")
+
+
+def full_disk(folder: Path) -> None:
+    """The main process cannot write: every process ends resumably."""
+    write = checkpoint._write_checkpoint
+
+    def full(path: Path, *rest: Any) -> None:
+        if path.name == "step_0000008":
+            raise OSError(28, "No space left on device")
+        write(path, *rest)
+
+    checkpoint._write_checkpoint = full
+    try:
+        run(folder, size=4)
+    except Resumable as error:
+        assert ("No space left" in str(error)) == distributed.is_main(), error
+    else:
+        raise AssertionError("not stopped")
+    finally:
+        checkpoint._write_checkpoint = write
+    distributed.barrier()
+    assert checkpoint_path(folder / "checkpoints", 4).is_dir()
+
+
+def other_world(folder: Path) -> list[float]:
+    """Goes on from a run that one process began; see test_ranks.py."""
+    module = Toy(dropout=0.0)
+    stream = Stream(8 // distributed.world_size())
+    run(folder, module=module, stream=stream)
+    seen = distributed.all_gather_cat(torch.tensor(stream.seen))
+    assert sorted(seen.tolist()) == list(range(5 * 8, 12 * 8)), seen
+    return state_sum(module)
+
+
+CHECKS = (
+    collectives,
+    plain,
+    accumulated,
+    random_draws_differ,
+    stopped_and_resumed,
+    bad_on_one_rank,
+    without_agreement_they_go_apart,
+    unused_parameter,
+    full_disk,
+)
+
+
+def main(rank: int, world: int, folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    results = {check.__name__: check(folder / check.__name__) for check in CHECKS}
+    if (folder / "begun").is_dir():
+        results["other_world"] = other_world(folder / "begun")
+        if distributed.is_main():
+            results["digest"] = digest(folder / "begun")
+    if distributed.is_main():
+        (folder / "results.json").write_text(json.dumps(results))
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    os.fsync = lambda descriptor: None  # nothing is killed here
+    MetricsLog._open_board = lambda self, resumed: None  # type: ignore[method-assign]
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
