@@ -13,7 +13,7 @@ import numpy as np
 
 from sslvit.data.bad_files import BadImage
 from sslvit.data.files import Names, OpenFiles, expand, file_key, read_regular_file
-from sslvit.data.records import labels_of, number_labels, parse_record, text_of
+from sslvit.data.records import image_of, labels_of, number_labels, parse_record, text_of
 from sslvit.errors import InputError
 
 
@@ -85,10 +85,8 @@ class JsonlSource:
         """The image path of a line, checked without touching the disk; None for a line without one."""
         if record is None:
             raise InputError(f"line {number} of {path!r} is no JSON object")
-        image = record.get("image")
-        if isinstance(image, list) and len(image) == 1:
-            image = image[0]
-        if not isinstance(image, str) or not image:
+        image = image_of(record)
+        if image is None:
             self.skipped.append(f"line {number} of {path}: no image")
             return None
         root = self._roots[self._files.paths.index(os.fsencode(path))]

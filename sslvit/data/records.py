@@ -16,6 +16,14 @@ CAPTION_KEYS = ("captions", "caption", "text", "sentences", "texts")
 _DIALOGUE_KEYS = ("conversations", "question", "answer", "choices", "family")
 
 
+def image_of(record: Mapping[str, Any]) -> str | None:
+    """The path of a row's image, under `image` (or `file_name`, as in HF image folders); None when there is none."""
+    image = record.get("image", record.get("file_name"))
+    if isinstance(image, list) and len(image) == 1:
+        image = image[0]
+    return image if isinstance(image, str) and image else None
+
+
 def text_of(record: Mapping[str, Any]) -> dict[str, Any] | None:
     """Any of `captions` (list of str), `conversations`, `question` + `answer` in a row; None when there is no text."""
     text: dict[str, Any] = {}

@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from sslvit.data.files import split_options
-from sslvit.data.records import parse_record
+from sslvit.data.records import image_of, parse_record
 from sslvit.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ def _listdir(path: str) -> list[str]:
 def _names_images(path: str) -> bool:
     """Whether the first line of a jsonl file is a row with an image: such files also hold other things."""
     with open(path, "rb") as file:
-        return isinstance((parse_record(file.readline(1 << 20)) or {}).get("image"), str)
+        return image_of(parse_record(file.readline(1 << 20)) or {}) is not None
 
 
 def _split_of(name: str) -> str:

@@ -56,6 +56,8 @@ class TarSource:
         self._names = Names(arrays["names"], arrays["name_ends"])
         skipped = Names(arrays["skipped"], arrays["skipped_ends"])
         self.skipped = [os.fsdecode(skipped[i]) for i in range(len(skipped))]
+        if self.skipped:
+            logger.warning("%s: %d tar members left out, the first: %s", self.spec, len(self.skipped), self.skipped[0])
         if not len(self):
             raise InputError(
                 f"no images in the tar files of {pattern!r}; a sample is key.jpg with key.cls, .txt or .json"
@@ -164,7 +166,6 @@ def _samples(files: OpenFiles, shard: int, path: bytes, skipped: list[bytes]) ->
     for member in _scan(path):
         if member.refused:
             skipped.append(b"%s/%s: %s" % (os.path.basename(path), member.name, member.refused.encode()))
-            logger.warning("%s: left out %r: %s", os.fsdecode(path), os.fsdecode(member.name), member.refused)
             continue
         key, extension = os.path.splitext(member.name)
         kind = extension[1:].lower().decode("ascii", "replace")

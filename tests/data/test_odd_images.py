@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sslvit.data.decode import BadImage, decode
+from sslvit.data.decode import BadImage, decode, describe
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:PIL"),
@@ -42,6 +42,7 @@ def resident():
 def outcome(data, channels=3):
     """The image or the reason, under the limits that every decode must keep."""
     started = time.perf_counter()
+    assert describe(data)[1] >= 1
     try:
         result = decode(data, channels=channels)
         assert result.dtype == np.uint8 and result.ndim == 3 and result.flags.c_contiguous

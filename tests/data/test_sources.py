@@ -425,7 +425,7 @@ def test_jsonl_rows(tmp_path):
     turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "grey"}]
     rows = [
         {"image": "images/2.png", "captions": ["a", "b"], "label": "x"},
-        {"image": "images/0.png", "conversations": turns, "label": "y"},
+        {"file_name": "images/0.png", "conversations": turns, "label": "y"},
         {"conversations": turns},
         {"image": "images/1.png", "question": "q?", "answer": "a", "choices": ["a", "b"]},
         {"image": "images/gone.png"},
