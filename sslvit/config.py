@@ -8,6 +8,7 @@ A configuration file is data, never a program: interpolations, python tags and a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import types
@@ -350,9 +351,12 @@ def _parse_value(key: str, text: str, hint: Any) -> Any:
         parts = [part.strip() for part in text.split(",") if part.strip()]
         return [_parse_value(key, part, item) for part in parts]
     try:
-        return _read_yaml(text)
+        value = _read_yaml(text)
     except InputError as error:
         raise InputError(f"key '{key}': {error}") from None
+    with contextlib.suppress(ValueError):
+        return float(value) if inner is float and isinstance(value, str) else value  # YAML reads 1e-4 as a text
+    return value
 
 
 def _put(nested: Nested, key: str, value: Any) -> None:
