@@ -39,7 +39,7 @@ _FORMATS = (
 # Pillow decodes (some forms of) these in Python, about a microsecond a pixel: a smaller limit instead of a hang.
 _SLOW_FORMATS = frozenset({"BLP", "DDS", "FITS", "FTEX", "MSP", "QOI", "SGI", "XPM"})
 _SLOW_MAX_PIXELS = 2_000_000
-_MAX_JPEG_SCANS = 100  # a usual progressive file has about ten; thousands are a trap
+_MAX_JPEG_SCANS = 50  # a usual progressive file has about ten; thousands are a trap
 _ORIENTATION = 0x0112  # EXIF tag
 
 
@@ -102,20 +102,21 @@ def describe(data: bytes | np.ndarray) -> tuple[str, int]:
 
 def _decode_jpeg(data: bytes, channels: int | None, max_pixels: int, min_side: int | None) -> np.ndarray | None:
     """The fast way for grey and colour JPEGs. Returns None where Pillow has to look: CMYK, odd streams."""
+    orientation, single_scan = _jpeg_headers(data)
+    if not single_scan and data.count(b"\xff\xda") > _MAX_JPEG_SCANS:
+        raise BadImage(f"more than {_MAX_JPEG_SCANS} scans in a JPEG")
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
     _check_size(width, height, max_pixels)
-    if data.count(b"\xff\xda") > _MAX_JPEG_SCANS:
-        raise BadImage(f"more than {_MAX_JPEG_SCANS} scans in a JPEG")
     if colorspace not in ("Gray", "YCbCr", "RGB"):
         return None
     grey = colorspace == "Gray" if channels is None else channels == 1 and colorspace == "Gray"
     image = _decode_jpeg_strictly(data, "GRAY" if grey else "RGB", min_side or 0)
     if image is None:
         return None
-    return _fit_channels(_orient(image, _jpeg_orientation(data)), channels)
+    return _fit_channels(_orient(image, orientation), channels)
 
 
 def _decode_jpeg_strictly(data: bytes, colorspace: str, min_side: int) -> np.ndarray | None:
@@ -132,27 +133,37 @@ def _decode_jpeg_strictly(data: bytes, colorspace: str, min_side: int) -> np.nda
     return None
 
 
-def _jpeg_orientation(data: bytes) -> int:
-    """The EXIF (or else XMP) orientation, 1..8; 1 where there is none or it makes no sense. Reads headers only."""
+def _jpeg_headers(data: bytes) -> tuple[int, bool]:
+    """(orientation by EXIF or else XMP, 1..8; whether one scan holds all components). Reads headers only."""
     exif, xmp, position = b"", b"", 2
-    while position + 4 <= len(data) and data[position] == 0xFF:
+    frame, components, single = 0, 0, False
+    while position + 10 <= len(data) and data[position] == 0xFF:
         marker, length = data[position + 1], struct.unpack_from(">H", data, position + 2)[0]
+        if marker == 0xDA:
+            single = frame in (0xC0, 0xC1) and data[position + 4] == components
         if marker == 0xDA or length < 2:
             break
-        if marker == 0xE1:
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            frame, components = marker, data[position + 9]
+        elif marker == 0xE1:
             body = data[position + 4 : position + 2 + length]
             if body.startswith(b"Exif\0\0"):
                 exif += body[6:]
             elif b"tiff:Orientation" in body:
                 xmp = body
         position += 2 + length
+    return _orientation(exif, xmp), single
+
+
+def _orientation(exif: bytes, xmp: bytes) -> int:
+    """1..8; 1 where there is none or it makes no sense: broken metadata do not make the pixels bad."""
     orientation = None
     if exif:
         try:
             tags = Image.Exif()
             tags.load(b"Exif\0\0" + exif)
             orientation = tags.get(_ORIENTATION)
-        except Exception:  # a broken EXIF block does not make the pixels bad
+        except Exception:  # struct.error, SyntaxError ...
             orientation = None
     if orientation is None and (match := re.search(rb'tiff:Orientation(?:="|>)([0-9])', xmp)):
         orientation = int(match[1])
