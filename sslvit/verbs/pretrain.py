@@ -61,7 +61,7 @@ def _run(config: PretrainConfig, folder: RunFolder, device: torch.device) -> Non
     folder.write_resolved(resolved, reasons)
     preprocessing = _preprocessing(resolved, source, folder)
     module = build(resolved, preprocessing).to(device)
-    loader = _loader(resolved, source, bad_files)
+    loader = _loader(resolved, source, bad_files, device)
     optim = resolved.optim
     groups = param_groups(module, optim.weight_decay, layer_decay=optim.layer_decay, encoder_prefix="student.")
     optimizer = adamw(groups, lr=_required(optim.lr), betas=(optim.beta1, _required(optim.beta2)))
@@ -157,7 +157,7 @@ def build(config: PretrainConfig, preprocessing: Preprocessing) -> Pretraining:
     return Pretraining(config, preprocessing, load_encoder(config.init).module)
 
 
-def _loader(config: PretrainConfig, source: Source, bad_files: BadFiles) -> Loader:
+def _loader(config: PretrainConfig, source: Source, bad_files: BadFiles, device: torch.device) -> Loader:
     ranks = distributed.world_size()
     batch, share = _required(config.batch_size), ranks * config.accumulate
     if batch % share:
@@ -174,6 +174,7 @@ def _loader(config: PretrainConfig, source: Source, bad_files: BadFiles) -> Load
         world=ranks,
         num_workers=config.num_workers,
         bad_files=bad_files,
+        pin_memory=device.type == "cuda",
     )
 
 
