@@ -140,6 +140,7 @@ def _write_tokenizer(folder: Path, writing: Writing) -> None:
             dict.fromkeys([*config.get("additional_special_tokens", []), *extra])
         )
     config["padding_side"] = "left"
+    config["model_input_names"] = ["input_ids", "attention_mask"]  # 4.57 adds token_type_ids, which LLaVA refuses
     config["processor_class"] = "LlavaProcessor"
     for name in ("name_or_path", "backend", "is_local", "local_files_only", "chat_template"):
         config.pop(name, None)

@@ -89,7 +89,7 @@ def inputs_of(
         padding=True,
         **as_they_are,
     )
-    return {name: tensor.to(vlm.device) for name, tensor in inputs.items() if name != "token_type_ids"}
+    return {name: tensor.to(vlm.device) for name, tensor in inputs.items()}
 
 
 @torch.no_grad()

@@ -144,7 +144,7 @@ def _texts(
 
 
 def marks(exam: Exam, answers: Answers) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Family -> (1 or 0 for each question, its image); families with one right answer, and "" for all of them together."""
+    """Family -> (1 or 0 for each question, its image); those with one right answer, and "" for them together."""
     collected: dict[str, list[tuple[float, int]]] = {"": []}
     for image, (turns, texts) in enumerate(zip(exam.turns, answers.texts, strict=True)):
         for turn, text in zip(turns, texts, strict=True):

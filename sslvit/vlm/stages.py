@@ -54,7 +54,7 @@ class Stage(nn.Module):
         for name in PARTS:
             part = getattr(model, name)
             if part is not None and learns[name]:
-                self.learning[name] = part
+                self.learning[name] = adapters_of(part) if hasattr(part, "peft_config") else part
         self.learns = learns
         self._whole = [model]  # in a list, so that it is not registered
         self.mean, self.std = mean, std
@@ -119,6 +119,13 @@ def run_stage(
         stage=name,
     )
     model.eval()
+
+
+def adapters_of(lm: nn.Module) -> nn.ModuleDict:
+    """The LoRA layers of a language model: all of it that learns."""
+    kinds = ("lora_A", "lora_B", "lora_dropout")
+    named = {name: module for name, module in lm.named_modules() if name.rpartition(".")[2] in kinds}
+    return nn.ModuleDict({name.replace(".", "-"): module for name, module in named.items()})
 
 
 class StageSchedule:

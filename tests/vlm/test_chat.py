@@ -94,7 +94,7 @@ def test_the_language_model_depends_on_the_seed_alone():
 
 
 def test_widths_that_do_not_fit_are_named():
-    with pytest.raises(InputError, match="language.hidden_size 30"):
+    with pytest.raises(InputError, match=r"language\.hidden_size 30"):
         bundled_language(small_tokenizer(), LanguageConfig(hidden_size=30, num_heads=4), 0)
 
 

@@ -1,0 +1,158 @@
+"""The VLM folder as strangers meet it: transformers alone, in a process in which sslvit cannot be imported."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_vlm import session_root, tiny_run
+
+from sslvit.encoder.config import Preprocessing
+from sslvit.exports.llava_folder import Writing, additional_tokens, llava_config, portable_text_config
+from sslvit.verbs.ask import ask
+
+QUESTION = "How many objects are there?"
+
+STRANGER = """
+import json, sys
+sys.modules["sslvit"] = None
+sys.path[:0] = sys.argv[4:]
+import transformers
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+
+folder, image, question = sys.argv[1], Image.open(sys.argv[2]), sys.argv[3]
+model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+said = {"version": transformers.__version__, "class": type(model).__name__}
+contents = {"string": "<image>\\n" + question, "list": [{"type": "image"}, {"type": "text", "text": question}]}
+for name, content in contents.items():
+    messages = [{"role": "user", "content": content}]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    assert text == processor.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    inputs = processor(images=image, text=text, return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+    said[name] = processor.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True).strip()
+pipe = pipeline("image-text-to-text", model=folder)
+chat = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
+said["pipeline"] = pipe(text=chat, max_new_tokens=64, return_full_text=False)[0]["generated_text"].strip()
+print("SAID " + json.dumps(said))
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return tiny_run(session_root(tmp_path_factory))
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    path = tmp_path_factory.mktemp("picture") / "a.png"
+    noise = np.random.default_rng(0).integers(0, 255, (36, 36, 3), dtype=np.uint8)  # the size after resizing
+    Image.fromarray(noise).resize((35, 35)).save(path)
+    return path
+
+
+def ask_as_stranger(run, picture, *libraries):
+    command = [sys.executable, "-c", STRANGER, str(run / "vlm"), str(picture), QUESTION, *map(str, libraries)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("SAID ")]
+    return json.loads(line.removeprefix("SAID "))
+
+
+def test_a_stranger_opens_it_and_gets_the_same_answers(run, picture):
+    said = ask_as_stranger(run, picture)
+    assert said["class"] == "LlavaForConditionalGeneration"
+    assert said["string"] == said["list"] == said["pipeline"] == ask(run, image=picture, question=QUESTION)
+
+
+@pytest.mark.slow
+def test_transformers_4_57_opens_it_too(run, picture, tmp_path):
+    """The oldest version we support, installed beside the tests' own."""
+    command = [sys.executable, "-m", "pip", "install", "-q", "--target", str(tmp_path), "transformers==4.57.*"]
+    if subprocess.run(command, capture_output=True, timeout=280, check=False).returncode:
+        pytest.skip("transformers 4.57 cannot be installed here: no package index")
+    shutil.rmtree(tmp_path / "numpy", ignore_errors=True)
+    said = ask_as_stranger(run, picture, tmp_path)
+    assert said["version"].startswith("4.57") and said["string"] == said["list"] == said["pipeline"]
+    assert said["list"] == ask(run, image=picture, question=QUESTION)
+
+
+def test_files_and_names(run):
+    folder = run / "vlm"
+    assert {path.name for path in folder.iterdir()} == {
+        "README.md",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast" and tokenizer["padding_side"] == "left"
+    assert "<image>" in tokenizer["additional_special_tokens"]
+    from safetensors import safe_open
+
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    assert "vision_tower.embeddings.register_tokens" in names and "language_model.lm_head.weight" in names
+    assert (
+        "multi_modal_projector.linear_2.bias" in names and "language_model.model.layers.0.mlp.up_proj.weight" in names
+    )
+    text = (folder / "config.json").read_text() + (folder / "tokenizer_config.json").read_text()
+    assert str(run.parent) not in text, "no path of this machine"
+
+
+@pytest.mark.parametrize("size", [(32, 32), (100, 60), (33, 200)])
+def test_as_many_image_marks_as_image_tokens_at_any_size(run, size):
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(run / "vlm")
+    inputs = processor(images=Image.new("RGB", size), text="<image>What?", return_tensors="pt")
+    config = json.loads((run / "vlm" / "config.json").read_text())
+    assert int((inputs["input_ids"] == config["image_token_index"]).sum()) == config["image_seq_length"] == 16 + 3
+
+
+def test_a_wrong_count_of_image_tokens_raises(run, tmp_path):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    broken = tmp_path / "broken"
+    shutil.copytree(run / "vlm", broken)
+    facts = json.loads((broken / "processor_config.json").read_text())
+    (broken / "processor_config.json").write_text(json.dumps({**facts, "num_additional_image_tokens": 1}))
+    inputs = AutoProcessor.from_pretrained(broken)(
+        images=Image.new("RGB", (32, 32)), text="<image>?", return_tensors="pt"
+    )
+    with pytest.raises(ValueError, match="do not match"):
+        AutoModelForImageTextToText.from_pretrained(broken)(**inputs)
+
+
+def test_image_tokens_of_both_forms():
+    assert additional_tokens({"model_type": "dinov2_with_registers", "num_register_tokens": 4}) == 5
+    assert additional_tokens({"model_type": "dinov2"}) == 1
+    assert additional_tokens({"model_type": "siglip_vision_model"}) == 0
+    writing = Writing(None, "", image_id=2, end_id=1, pad_id=0)
+    config = llava_config(
+        {"model_type": "dinov2", "patch_size": 8}, {"model_type": "llama"}, writing, Preprocessing(48)
+    )
+    assert config["image_seq_length"] == 37 and config["vision_feature_layer"] == -1
+
+
+def test_rotary_settings_under_both_names():
+    text = portable_text_config({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}, "_name_or_path": "/x"})
+    assert text == {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}, "rope_theta": 5e5}
+    scaled = {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}
+    assert portable_text_config({"rope_parameters": scaled})["rope_scaling"] == scaled
+
+
+def test_weights_are_fp32(run):
+    from safetensors.torch import load_file
+
+    assert {tensor.dtype for tensor in load_file(run / "vlm" / "model.safetensors").values()} == {torch.float32}
