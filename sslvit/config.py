@@ -87,6 +87,7 @@ class PretrainConfig:
     device: str | None = None
     precision: str | None = None  # bf16 | fp32
     num_workers: int | None = None
+    max_bad_rate: float = 0.05  # the run stops when more of the images than this cannot be read
     overwrite: bool = False
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     crops: CropsConfig = field(default_factory=CropsConfig)

@@ -40,7 +40,7 @@ except ImportError:  # Windows
 Row = dict[str, Any]
 
 #: Keys that cannot change results: they may differ when a run goes on.
-FREE_KEYS = ("num_workers", "checkpoint.*", "device", "overwrite")
+FREE_KEYS = ("num_workers", "max_bad_rate", "checkpoint.*", "device", "overwrite")
 
 #: Everything a verb may leave in its folder; `overwrite=true` deletes these names and nothing else.
 OWN_FILES = (

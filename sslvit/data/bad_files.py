@@ -25,9 +25,9 @@ class BadFiles:
     `os.fsencode(json.loads(line)["name"])` is the name on disk. With `path=None` nothing is written.
     """
 
-    def __init__(self, path: str | Path | None = None, *, max_share: float = 0.05) -> None:
+    def __init__(self, path: str | Path | None = None, *, max_bad_rate: float = 0.05) -> None:
         self.path = None if path is None else Path(path)
-        self.max_share = max_share
+        self.max_bad_rate = max_bad_rate
         self.reasons: dict[str, str] = {}
         self.num_seen = 0  # draws, good and bad
         self._num_bad = 0  # draws
@@ -48,7 +48,7 @@ class BadFiles:
     def add(self, name: str, reason: str) -> None:
         """Counts a bad image and writes it down if it is new.
 
-        Raises InputError when more than `max_share` of the images seen so far, at least 100, are bad; `saw` counts the
+        Raises InputError when more than `max_bad_rate` of the images seen so far, at least 100, are bad; `saw` counts the
         good ones.
         """
         with self._lock:
@@ -59,11 +59,11 @@ class BadFiles:
                 if self.path is not None:
                     self._write(name, reason)
             share = self._num_bad / self.num_seen
-            if self.num_seen >= MIN_SEEN and share > self.max_share:
+            if self.num_seen >= MIN_SEEN and share > self.max_bad_rate:
                 where = f"see {self.path}" if self.path is not None else f"the last is {name!r}: {reason}"
                 raise InputError(
                     f"{self._num_bad} of the {self.num_seen} images read so far cannot be used ({share:.0%}, limit "
-                    f"{self.max_share:.0%}); {where}; remove or repair them"
+                    f"{self.max_bad_rate:.0%}); {where}; remove or repair them, or raise max_bad_rate"
                 )
 
     def _write(self, name: str, reason: str) -> None:

@@ -55,7 +55,7 @@ def pretrain(*, config_file: str | None = None, output_dir: str | Path | None = 
 
 def _run(config: PretrainConfig, folder: RunFolder, device: torch.device) -> None:
     source = open_source(str(config.data))
-    bad_files = BadFiles(folder.path / "bad_files.jsonl")
+    bad_files = BadFiles(folder.path / "bad_files.jsonl", max_bad_rate=config.max_bad_rate)
     facts = measure_facts(source, device.type, config.encoder.in_chans)
     resolved, reasons = resolve(config, facts)
     folder.write_resolved(resolved, reasons)
