@@ -208,7 +208,7 @@ def _label(values: np.ndarray, names: list[str]) -> dict[str, Any]:
 def _write(folder: Path, report: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "bad_files.jsonl").unlink(missing_ok=True)  # of an earlier check: what is repaired must not stay listed
-    bad_files = BadFiles(folder / "bad_files.jsonl", max_share=1.0)
+    bad_files = BadFiles(folder / "bad_files.jsonl", max_bad_rate=1.0)
     for row in report["bad"]:
         bad_files.add(row["name"], row["reason"])
     (folder / "check_data.json").write_text(json.dumps(report, indent=2) + "\n")

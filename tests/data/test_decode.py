@@ -290,7 +290,7 @@ def test_more_than_five_percent_stops_from_a_hundred_on():
         at_limit.add(f"{number}.jpg", "why")
     with pytest.raises(InputError, match="6 of the 101"):
         at_limit.add("5.jpg", "why")
-    allowed = BadFiles(max_share=0.5)
+    allowed = BadFiles(max_bad_rate=0.5)
     allowed.saw(94)
     for number in range(6):
         allowed.add(f"{number}.jpg", "why")

@@ -131,8 +131,8 @@ def test_batches_hold_what_make_views_makes_of_each_sample():
 @pytest.mark.parametrize("num_workers", [1, 3])
 def test_workers_change_nothing(num_workers):
     bad = (3, 11)
-    one = take(make(Pictures(bad=bad), bad_files=BadFiles(max_share=1)), 8)
-    many = take(make(Pictures(bad=bad), num_workers=num_workers, bad_files=BadFiles(max_share=1)), 8)
+    one = take(make(Pictures(bad=bad), bad_files=BadFiles(max_bad_rate=1)), 8)
+    many = take(make(Pictures(bad=bad), num_workers=num_workers, bad_files=BadFiles(max_bad_rate=1)), 8)
     for (first, cursor), (second, same_cursor) in zip(one, many, strict=True):
         assert cursor == same_cursor and equal(first, second)
 
@@ -178,7 +178,7 @@ def test_iterating_again_goes_on_at_the_cursor():
 
 
 def test_bad_images_are_replaced_alike_and_named_once(tmp_path):
-    bad_files = BadFiles(tmp_path / "bad_files.jsonl", max_share=1)
+    bad_files = BadFiles(tmp_path / "bad_files.jsonl", max_bad_rate=1)
     source = Pictures(23, bad=(2, 9))
     stream = take(make(source, bad_files=bad_files), 14)
     good = take(make(Pictures(23)), 14)
@@ -201,7 +201,7 @@ def test_read_errors_of_the_disk_are_bad_images_too():
                 raise BadImage("the row holds no image bytes")
             return super().read(index)
 
-    bad_files = BadFiles(max_share=1)
+    bad_files = BadFiles(max_bad_rate=1)
     take(make(Flaky(), bad_files=bad_files), 5)
     assert set(bad_files.reasons) == {"picture-4", "picture-5"}
 
@@ -210,7 +210,7 @@ def test_too_many_bad_images_stop_the_run():
     with pytest.raises(InputError, match="cannot be used"):
         take(make(Pictures(50, bad=range(25)), num_workers=1), 200)
     with pytest.raises(InputError, match="unreadable"):
-        take(make(Pictures(3, bad=range(3)), bad_files=BadFiles(max_share=1)), 1)
+        take(make(Pictures(3, bad=range(3)), bad_files=BadFiles(max_bad_rate=1)), 1)
 
 
 def test_an_empty_source_is_an_input_error():
@@ -354,7 +354,7 @@ def test_large_jpegs_are_decoded_at_a_reduced_scale_when_no_crop_loses_pixels():
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_clean_batches_give_every_readable_image_in_order(num_workers):
-    source, bad_files = Pictures(23, bad=(4,)), BadFiles(max_share=1)
+    source, bad_files = Pictures(23, bad=(4,)), BadFiles(max_bad_rate=1)
     preprocessing = Preprocessing(image_size=10, crop_pct=0.9)
     batches = list(clean_batches(source, preprocessing, 6, num_workers, bad_files=bad_files))
     assert np.concatenate([indices for _, indices in batches]).tolist() == [i for i in range(23) if i != 4]
