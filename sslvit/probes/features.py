@@ -234,6 +234,12 @@ def default_precision(device: torch.device | str) -> str:
     return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
 
 
+def shared_cache() -> Path | None:
+    """Where features are kept for all runs: $SSLVIT_CACHE/features, None when that is unset."""
+    root = os.environ.get("SSLVIT_CACHE")
+    return Path(root) / "features" if root else None
+
+
 def choose_indices(num_images: int, at_most: int | None, seed: int = 0) -> np.ndarray:
     """All indices, or a sorted keyed sample of `at_most` of them, (n,) int64."""
     if at_most is None or at_most >= num_images:

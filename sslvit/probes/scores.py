@@ -82,7 +82,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Score:
-    """One number, measured on `num_images`. metric: "top1", ...; per_image (m,): what it is the mean of, if anything."""
+    """One number, measured on `num_images`. metric: "top1", ...; per_image (m,): what it is the mean of, if any."""
 
     metric: str
     value: float

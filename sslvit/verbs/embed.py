@@ -1,7 +1,7 @@
 """`sslvit embed`: features of images in a file, one row per readable image, exactly those that `evaluate` judges.
 
-NPZ: `features` (n, D) float32, not normalised; `names` fixed-width unicode; `labels` int64 when the set has any. Parquet:
-columns `name`, `features` (fixed-size list of float32) and one column per label.
+NPZ: `features` (n, D) float32, not normalised; `names` fixed-width unicode; `labels` int64 when the set has any.
+Parquet: columns `name`, `features` (fixed-size list of float32) and one column per label.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from sslvit.data.sources import open_source
 from sslvit.encoder.weights import load_encoder
 from sslvit.errors import InputError
-from sslvit.probes.features import Examples, Extraction, Features, default_precision
+from sslvit.probes.features import Examples, Extraction, Features, default_precision, shared_cache
 from sslvit.probes.knn import normalised
 
 SUFFIXES = (".npz", ".parquet")
@@ -51,7 +51,7 @@ def embed(
         device=device,
         precision=precision or default_precision(device),
         num_workers=num_workers,
-        cache_dir=Path(os.environ["SSLVIT_CACHE"]) if os.environ.get("SSLVIT_CACHE") else None,
+        cache_dir=shared_cache(),
     )
     fingerprint = f"{loaded.fingerprint} {loaded.architecture}"
     features = Examples(open_source(data), loaded.module, loaded.preprocessing, extraction, fingerprint).features
@@ -64,7 +64,7 @@ def embed(
 
 
 def as_arrays(features: Features) -> dict[str, np.ndarray]:
-    """features (n, D) float32, names (n,) unicode; labels (n,) int64, or (n, L) with label_names (L,) for several."""
+    """Features (n, D) float32, names (n,) unicode; labels (n,) int64, or (n, L) with label_names (L,) for several."""
     arrays = {"features": np.array(features.cls, dtype=np.float32), "names": np.array(features.names, dtype=np.str_)}
     if len(features.labels) == 1:
         arrays["labels"] = next(iter(features.labels.values())).astype(np.int64)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from sslvit.encoder.weights import LoadedEncoder, load_encoder, random_like
 from sslvit.errors import InputError
 from sslvit.probes import segmentation
 from sslvit.probes.config import check_evaluate
-from sslvit.probes.features import Examples, Extraction, Features, default_precision, source_digest
+from sslvit.probes.features import Examples, Extraction, Features, default_precision, shared_cache, source_digest
 from sslvit.probes.label_file import with_label_file
 from sslvit.probes.protocols import fit_segmentation, measure_health, probe_for
 from sslvit.probes.rows import Row, describe, row
@@ -124,7 +123,7 @@ def _examples(subject: Subject, source: Source, config: EvaluateConfig, folder: 
         num_workers=config.num_workers,
         num_images=config.num_images,
         seed=config.seed,
-        cache_dir=Path(os.environ.get("SSLVIT_CACHE") or folder.path / "features"),
+        cache_dir=shared_cache() or folder.path / "features",
     )
     if subject.encoder is None:
         return Examples(source, None, Preprocessing(32), extraction, subject.fingerprint)
