@@ -50,6 +50,7 @@ def infer_architecture(
     num_heads: int | None = None,
     img_size: tuple[int, int] | None = None,
     act_layer: str | None = None,
+    init_values: float = 1e-5,
     norm_eps: float = DEFAULT_NORM_EPS,
 ) -> Architecture:
     """The ViT whose timm-named `tensors` these are. Given facts win; the rest follows from shapes.
@@ -72,7 +73,7 @@ def infer_architecture(
         "fc_norm": "fc_norm.weight" in tensors,
         "reg_tokens": tensors["reg_token"].shape[1] if "reg_token" in tensors else 0,
         "no_embed_class": _positions_of_patches_only(tensors, img_size, (patch[0], patch[1])),
-        "init_values": 1e-5 if "blocks.0.ls1.gamma" in tensors else None,
+        "init_values": init_values if "blocks.0.ls1.gamma" in tensors else None,
         "dynamic_img_size": True,
     }
     args |= _rarer_args(tensors)

@@ -221,7 +221,7 @@ def _from_run(path: Path, which: str | None, spec: str) -> LoadedEncoder:
         checkpoint = latest_checkpoint(root)
         if checkpoint is None:
             raise InputError(f"{spec}: no checkpoint of the run can be read")
-        return _from_checkpoint(checkpoint, spec)
+        return _from_checkpoint(checkpoint, spec, verify=False)
     if which == "best":
         step = best_step(root)
     else:
@@ -232,9 +232,9 @@ def _from_run(path: Path, which: str | None, spec: str) -> LoadedEncoder:
     return _from_checkpoint(checkpoint_path(root, step), spec)
 
 
-def _from_checkpoint(path: Path, spec: str) -> LoadedEncoder:
+def _from_checkpoint(path: Path, spec: str, verify: bool = True) -> LoadedEncoder:
     """One checkpoint directory: `teacher.*` or `student.*`, and what its meta.json says about them."""
-    tensors, meta = load_checkpoint(path, stems=["model"])
+    tensors, meta = load_checkpoint(path, stems=["model"], verify=verify)
     if "encoder" not in meta or "preprocessing" not in meta:
         raise InputError(
             f"{spec}: {path.name} is no checkpoint of an encoder; for a vision-language run take its vlm/ folder"
@@ -249,6 +249,7 @@ def _from_checkpoint(path: Path, spec: str) -> LoadedEncoder:
         num_heads=config.num_heads or heads_of_name(str(config.name)),
         img_size=_pair(config.image_size),
         act_layer="gelu" if plain else "gelu_tanh",
+        init_values=config.init_values,
     )
     return _assemble(architecture, found.tensors, preprocessing, spec, step=meta["step"], license=meta.get("license"))
 

@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from sslvit.encoder.weights import LoadedEncoder
+from sslvit.exports.hf_folder import ANY_SIZE, hf_class
 
 PERMISSIVE = ("apache-2.0", "mit", "bsd-3-clause", "bsd-2-clause", "cc0-1.0", "cc-by-4.0")
 
@@ -122,14 +123,8 @@ def _front_matter(loaded: LoadedEncoder, name: str) -> str:
 
 def _what(loaded: LoadedEncoder, facts: Mapping[str, Any]) -> str:
     config = loaded.config
-    prefix = " and ".join(
-        part
-        for part in (
-            "a class token" if config.class_token else "",
-            f"{config.num_registers} registers" if config.num_registers else "",
-        )
-        if part
-    )
+    tokens = ["a class token"] * config.class_token + [f"{config.num_registers} registers"] * bool(config.num_registers)
+    prefix = " and ".join(tokens)
     lines = [
         f"A vision transformer: {config.depth} blocks of width {config.embed_dim} with {config.num_heads} heads, "
         f"patches of {config.patch_size} px, {config.in_chans} channels, {prefix or 'no class token, no registers'}.",
@@ -148,25 +143,27 @@ def _what(loaded: LoadedEncoder, facts: Mapping[str, Any]) -> str:
 
 
 def _hardware(environment: Any) -> str | None:
+    """From env.json: never the host's name."""
     if not isinstance(environment, Mapping):
         return None
-    wanted = [
-        str(environment[key])
-        for key in ("device", "gpu", "cpu", "processor", "cpus", "cpu_count")
-        if environment.get(key)
+    shown = [
+        f"{environment['world_size']} process{'es' if environment['world_size'] != 1 else ''}"
+        if "world_size" in environment
+        else "",
+        f"{environment['num_cpus']} CPU cores" if environment.get("num_cpus") else "",
+        str(environment.get("gpu") or environment.get("device") or ""),
     ]
-    return ", ".join(wanted) or None
+    return ", ".join(filter(None, shown)) or None
 
 
 def _loading(loaded: LoadedEncoder, name: str, path: str) -> str:
-    kind_is_vit = name == "hf" and loaded.module.cls_token is not None and loaded.module.reg_token is None
-    kind_is_vit = kind_is_vit and not hasattr(loaded.module.blocks[0].ls1, "gamma")
+    is_vit = name == "hf" and hf_class(loaded.module) == "vit"
     return LOADING[name].format(
         path=path,
         channels=loaded.preprocessing.channels,
         size=loaded.preprocessing.image_size,
         dim=loaded.module.num_features,
-        options=", add_pooling_layer=False" if kind_is_vit else "",
+        options=", add_pooling_layer=False" if is_vit else "",
     )
 
 
@@ -215,8 +212,7 @@ def _limits(loaded: LoadedEncoder, name: str) -> str:
     lines = [
         "It knows what its training images show, without labels or words; judge it on your data before relying on it."
     ]
-    registers = loaded.module.reg_token is not None
-    if name == "siglip" or (name == "hf" and not registers):
+    if name in ("hf", "siglip") and hf_class(loaded.module) not in ANY_SIZE:
         lines.append(
             "transformers resizes the positions of this class without antialiasing: the differences above hold at the "
             "native size only. At other sizes use the timm folder."

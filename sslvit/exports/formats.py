@@ -57,7 +57,7 @@ def check_formats(loaded: LoadedEncoder, formats: Mapping[str, Path]) -> None:
         needed = FORMATS[name].libraries[0]
         if not is_installed(needed):
             raise InputError(
-                f"{name} is verified with {needed}, which is not installed; pip install 'sslvit[{EXTRAS[needed]}]'"
+                f"format {name} cannot be verified, {needed} is not installed; pip install 'sslvit[{EXTRAS[needed]}]'"
             )
 
 

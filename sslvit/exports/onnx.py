@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -33,7 +34,11 @@ class _Traced(nn.Module):
 
 
 def check_onnx(loaded: LoadedEncoder) -> None:
-    """InputError when the packages that write or run ONNX are not there; any encoder can be written."""
+    """InputError when the graph would not be exact, or the packages that write and run ONNX are not there."""
+    if not isinstance(loaded.module, VisionTransformer):
+        raise InputError(
+            "onnx: rotary positions are traced for one image size and wrong at others; export timm instead"
+        )
     if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]:
         raise InputError(f"onnx needs {missing[0]}, which is not installed; pip install 'sslvit[onnx]'")
 

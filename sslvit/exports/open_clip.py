@@ -43,7 +43,7 @@ def point_to_tower(folder: Path, place: Path) -> None:
 
 
 def open_clip_config(loaded: LoadedEncoder, tower: Path) -> dict[str, Any]:
-    """Features pass through unprojected (`timm_proj: none`): class token, or mean patch without one."""
+    """Features pass through unprojected (`timm_proj: none`), pooled as timm pools them."""
     preprocessing = loaded.preprocessing
     return {
         "model_cfg": {
@@ -52,7 +52,7 @@ def open_clip_config(loaded: LoadedEncoder, tower: Path) -> dict[str, Any]:
                 "image_size": preprocessing.image_size,
                 "timm_model_name": f"local-dir:{tower.resolve()}",
                 "timm_model_pretrained": True,
-                "timm_pool": "token" if loaded.module.cls_token is not None else "avg",
+                "timm_pool": loaded.module.global_pool,
                 "timm_proj": "none",
             },
             "text_cfg": TEXT,

@@ -21,7 +21,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import sslvit
 from sslvit.encoder.config import Preprocessing
 from sslvit.encoder.layouts import fold_class_position, fold_layer_scale, num_prefix_positions
 from sslvit.encoder.vit import Encoder, patch_size
@@ -109,7 +108,7 @@ def _reopen(inputs: Mapping[str, Tensor], checks: Sequence[Check]) -> list[tuple
 
 
 def _run_process(job: Path) -> None:
-    roots = [str(Path(sslvit.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    roots = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment = {**os.environ, **offline, "PYTHONPATH": os.pathsep.join(filter(None, roots))}
     command = [sys.executable, "-P", "-m", "sslvit.exports.reopen", str(job)]
