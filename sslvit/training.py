@@ -117,18 +117,20 @@ def train(
     disk: Resumable.
     """
     assert precision in ("fp32", "bf16") and checkpoint_every > 0, (precision, checkpoint_every)
+    module.to(device).train()
     saver = _Saver(Path(folder) / "checkpoints", module, optimizer, metrics, dict(meta or {}), keep)
     newest = saver.find()
     metrics.begin(steps, None if newest is None else _step_of(newest), stage, device)
     progress = Progress() if newest is None else saver.restore(newest)
-    model = _parallel(module, device)
+    model = _parallel(module)
     batches.seek(progress.cursor)
     stream = iter(batches)
     if 0 < progress.step < steps:
         metrics.say(f"going on from step {progress.step}")
     try:
         if newest is None:
-            _evaluate(periodic, model, metrics, progress, best)
+            if periodic_every:
+                _evaluate(periodic, model, metrics, progress, best)
             saver.save(progress)
         while progress.step < steps:
             saver.check(stop, progress)
@@ -155,8 +157,8 @@ def train(
                 module.after_step(step)  # type: ignore[operator]
                 progress.bad_in_a_row = 0
                 metrics.add({**_mean(logs), "grad_norm": norm})
-            else:
-                saver.skip(progress)
+            elif saver.skip(progress):
+                continue  # rolled back: what follows was done when that step was first reached
             metrics.tick(progress.step, progress.cursor - cursor, waited)
             if metrics.due(progress.step):
                 metrics.line(progress.step, {**values, "skipped": progress.skipped})
@@ -257,13 +259,13 @@ class _Saver:
                 f"{checkpoint_path(self.root, progress.step)}; run the same command to go on"
             )
 
-    def skip(self, progress: Progress) -> None:
-        """Counts a step that was not applied; three in a row go back to the last good checkpoint."""
+    def skip(self, progress: Progress) -> bool:
+        """Counts a step that was not applied; the third in a row goes back to the last good checkpoint (True)."""
         progress.skipped += 1
         progress.bad_in_a_row += 1
         self.metrics.say(f"step {progress.step}: loss or gradient not finite, step skipped")
         if progress.bad_in_a_row < BAD_STEPS:
-            return
+            return False
         target = self._last_good(progress.good_step)
         if progress.rollbacks + 1 >= ROLLBACKS:
             raise RuntimeError(
@@ -278,6 +280,7 @@ class _Saver:
         if distributed.is_main():
             drop_checkpoints_after(self.root, progress.step)
         self.metrics.say(f"rolled back to step {progress.step}; the data go on at sample {cursor}")
+        return True
 
     def _last_good(self, good_step: int) -> Path:
         """The checkpoint of `good_step`, or should it be damaged the newest one that is not."""
@@ -317,8 +320,7 @@ def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
-def _parallel(module: nn.Module, device: torch.device) -> nn.Module:
-    module.to(device).train()
+def _parallel(module: nn.Module) -> nn.Module:
     if distributed.world_size() == 1:
         return module
     model = DistributedDataParallel(module, gradient_as_bucket_view=True)
