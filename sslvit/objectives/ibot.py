@@ -1,6 +1,7 @@
 """Self-distillation of masked patches: the student predicts the teacher's token where its own patch was replaced.
 
-iBOT, arXiv:2111.07832, equation 2, with block-wise masks (BEiT, arXiv:2106.08254, algorithm 1) on a share of the images.
+iBOT, arXiv:2111.07832, equation 2, with block-wise masks (BEiT, arXiv:2106.08254, algorithm 1) on a share of
+the images.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from sslvit.objectives.passes import Draw, Masking, Pass
 def block_mask(rng: np.random.Generator, grid: tuple[int, int], num_masked: int) -> np.ndarray:
     """A mask of exactly `num_masked` patches made of rectangles: (rows, columns) bool, True = masked.
 
-    Rectangles have an aspect ratio in (0.3, 1/0.3), drawn log-uniformly; what rectangles cannot fill is filled at random.
+    Rectangles have an aspect ratio in (0.3, 1/0.3), drawn log-uniformly; what they cannot fill is filled at random.
     """
     rows, columns = grid
     mask = np.zeros(grid, dtype=bool)
@@ -45,9 +46,7 @@ def block_mask(rng: np.random.Generator, grid: tuple[int, int], num_masked: int)
 class Ibot(nn.Module):
     """The iBOT objective: mask token, heads of both networks, the centre and the loss."""
 
-    def __init__(
-        self, config: IbotConfig, embed_dim: int, grid: tuple[int, int], steps: int, num_global: int
-    ) -> None:
+    def __init__(self, config: IbotConfig, embed_dim: int, grid: tuple[int, int], steps: int, num_global: int) -> None:
         """`grid` is the number of patches (rows, columns) of a global crop."""
         super().__init__()
         assert config.num_prototypes and config.teacher_temperature and config.teacher_temperature_start
@@ -63,7 +62,7 @@ class Ibot(nn.Module):
         self.centering = Centering(config.num_prototypes, config.centering, config.center_momentum)
 
     def masking(self, draw: Draw, view: int, num_patches: int) -> Masking:
-        """Block masks of one view, keyed per sample: a share `mask_prob` of the images is masked by mask_ratio_min..max."""
+        """Block masks of one view, keyed per sample: a share `mask_prob` of the images is masked."""
         config = self.config
         masks = []
         for uniform, key in zip(

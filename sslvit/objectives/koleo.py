@@ -1,7 +1,7 @@
 """Spread of the student's class tokens over the sphere (KoLeo).
 
-Sablayrolles et al., arXiv:1806.03198, equation 4; used per global view, before the head, as in DINOv2 (arXiv:2304.07193,
-section 4). In fp32: with half-precision distances the logarithm of a tiny distance is infinite.
+Sablayrolles et al., arXiv:1806.03198, equation 4; used per global view, before the head, as in DINOv2
+(arXiv:2304.07193, section 4). In fp32: with half-precision distances the logarithm of a tiny distance is infinite.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sslvit import distributed
 from sslvit.encoder.vit import Tokens
 from sslvit.objectives.config import KoleoConfig
-from sslvit.objectives.passes import Pass
+from sslvit.objectives.passes import Draw, Pass
 
 
 def koleo_loss(features: Tensor, eps: float = 1e-8) -> Tensor:
@@ -36,6 +36,10 @@ class Koleo(nn.Module):
     def __init__(self, config: KoleoConfig) -> None:
         super().__init__()
         self.config = config
+
+    def passes(self, draw: Draw, num_patches: int) -> list[Pass]:
+        """None of its own."""
+        return []
 
     def loss(self, tokens: dict[Pass, Tokens], images: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean over the global views; two views of one image never meet."""

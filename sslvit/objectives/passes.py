@@ -7,6 +7,7 @@ each distinct pass once and packs all passes of one encoder into one stream.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -68,6 +69,35 @@ class Pass:
     crop: str
     index: int
     masking: Masking = FULL
+
+
+class Objective(Protocol):
+    """What `Pretraining` asks of an objective, an nn.Module whose `config` has a `weight`.
+
+    KoLeo alone has no passes of its own: it reads the student's global passes that others run.
+    """
+
+    config: Any
+
+    def passes(self, draw: Draw, num_patches: int) -> list[Pass]:
+        """What it wants to read this step."""
+        ...
+
+    def loss(self, tokens: dict[Pass, Tokens], images: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss () and values to log, from its passes and the normalised global crops (G, B, C, H, W)."""
+        ...
+
+    def before_update(self, step: int) -> None:
+        """After backward: may set gradients to None."""
+        ...
+
+    def after_step(self, step: int) -> None:
+        """After an update that was applied."""
+        ...
+
+    def discard(self) -> None:
+        """Drop what a skipped step left behind."""
+        ...
 
 
 @dataclass(frozen=True)

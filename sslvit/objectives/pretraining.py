@@ -7,6 +7,7 @@ and sums weight x loss (design: objectives are sections, and share passes).
 from __future__ import annotations
 
 import copy
+from typing import cast
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -21,7 +22,7 @@ from sslvit.objectives.dino import Dino
 from sslvit.objectives.ibot import Ibot
 from sslvit.objectives.koleo import Koleo
 from sslvit.objectives.mae import Mae
-from sslvit.objectives.passes import Draw, Pass, split
+from sslvit.objectives.passes import Draw, Objective, Pass, split
 from sslvit.optim import ema_
 from sslvit.schedules import cosine
 
@@ -29,14 +30,16 @@ from sslvit.schedules import cosine
 class Pretraining(nn.Module):
     """Student, teacher (an exponential moving average, if an objective needs one) and objectives."""
 
-    def __init__(self, config: PretrainConfig, preprocessing: Preprocessing, encoder: VisionTransformer | None = None) -> None:
+    def __init__(
+        self, config: PretrainConfig, preprocessing: Preprocessing, encoder: VisionTransformer | None = None
+    ) -> None:
         """`config` is resolved; `encoder` is a student to start from, else a new one is made."""
         super().__init__()
         assert config.steps and config.encoder.image_size and config.encoder.patch_size
         self.config = config
         self.preprocessing = preprocessing
         self.student = encoder if encoder is not None else create_encoder(config.encoder)
-        self.objectives = nn.ModuleDict(self._build_objectives(config, preprocessing.channels))
+        self.objectives = nn.ModuleDict(cast(dict[str, nn.Module], self._build(config, preprocessing.channels)))
         self.teacher: VisionTransformer | None = None
         if "dino" in self.objectives or "ibot" in self.objectives:
             self.teacher = _frozen_copy(self.student)
@@ -44,15 +47,16 @@ class Pretraining(nn.Module):
         if "ibot" in self.objectives:
             self.mask_token = nn.Parameter(torch.zeros(1, 1, self.student.embed_dim))
 
-    def _build_objectives(self, config: PretrainConfig, channels: int) -> dict[str, nn.Module]:
+    def _build(self, config: PretrainConfig, channels: int) -> dict[str, Objective]:
         assert config.steps and config.encoder.image_size and config.encoder.patch_size
         side = config.encoder.image_size // config.encoder.patch_size
         width, num_global, num_local = self.student.embed_dim, config.crops.num_global, config.crops.num_local or 0
-        built: dict[str, nn.Module] = {}
+        built: dict[str, Objective] = {}
+        masking = None
         if config.ibot is not None:
-            built["ibot"] = Ibot(config.ibot, width, (side, side), config.steps, num_global)
+            built["ibot"] = ibot = Ibot(config.ibot, width, (side, side), config.steps, num_global)
+            masking = ibot.masking
         if config.dino is not None:
-            masking = built["ibot"].masking if isinstance(built.get("ibot"), Ibot) else None
             built["dino"] = Dino(config.dino, width, config.steps, num_global, num_local, masking)
         if config.koleo is not None:
             built["koleo"] = Koleo(config.koleo)
@@ -60,6 +64,10 @@ class Pretraining(nn.Module):
             size = config.encoder.patch_size
             built["mae"] = Mae(config.mae, width, size, (side, side), channels, num_global)
         return built
+
+    @property
+    def _active(self) -> dict[str, Objective]:
+        return cast(dict[str, Objective], dict(self.objectives.items()))
 
     @property
     def judged(self) -> VisionTransformer:
@@ -81,21 +89,16 @@ class Pretraining(nn.Module):
         crops = self._colour(views)
         num_patches = self.student.patch_embed.num_patches
         draw = Draw(self.config.seed, step, views.sample_ids)
-        wanted: dict[str, list[Pass]] = {}
-        for name, objective in self.objectives.items():
-            if name != "koleo":
-                wanted[name] = objective.passes(draw, num_patches)
-        if "koleo" in self.objectives:
-            wanted["koleo"] = [
-                p for p in dict.fromkeys(sum(wanted.values(), [])) if p.network == "student" and p.crop == "global"
-            ]
+        wanted = {name: objective.passes(draw, num_patches) for name, objective in self._active.items()}
         distinct = list(dict.fromkeys(p for passes in wanted.values() for p in passes))
+        if "koleo" in wanted:
+            wanted["koleo"] = [p for p in distinct if p.network == "student" and p.crop == "global"]
         patches_read = {p for name in ("ibot", "mae") for p in wanted.get(name, [])}
         tokens = self._run(distinct, patches_read, crops)
         total = torch.zeros((), device=draw.sample_ids.device)
         logs: dict[str, Tensor] = {}
         for name, passes in wanted.items():
-            objective = self.objectives[name]
+            objective = self._active[name]
             loss, extra = objective.loss({p: tokens[p] for p in passes}, crops["global"], step)
             total = total + objective.config.weight * loss
             logs |= {f"{name}/loss": loss.detach(), **extra}
@@ -145,27 +148,30 @@ class Pretraining(nn.Module):
     def _input(self, group: list[Pass], crops: Tensor, cls_only: bool) -> TokenInput:
         images = torch.cat([crops[p.index] for p in group])
         masking = group[0].masking
-        keep = None if masking.keep is None else torch.cat([p.masking.keep for p in group if p.masking.keep is not None])
-        mask = None if masking.mask is None else torch.cat([p.masking.mask for p in group if p.masking.mask is not None])
+        keep = (
+            None if masking.keep is None else torch.cat([p.masking.keep for p in group if p.masking.keep is not None])
+        )
+        mask = (
+            None if masking.mask is None else torch.cat([p.masking.mask for p in group if p.masking.mask is not None])
+        )
         mask_token = self.mask_token if mask is not None else None
         return TokenInput(images, mask=mask, mask_token=mask_token, keep=keep, cls_only=cls_only)
 
     def before_update(self, step: int) -> None:
         """After backward, before clipping."""
-        for objective in self.objectives.values():
+        for objective in self._active.values():
             objective.before_update(step)
 
     def after_step(self, step: int) -> None:
         """Centres move, then the teacher follows the student: t <- m t + (1 - m) s (DINO, section 3.1)."""
-        for objective in self.objectives.values():
+        for objective in self._active.values():
             objective.after_step(step)
         if self.teacher is None:
             return
         momentum = self.momentum(step)
         ema_(self.teacher.parameters(), self.student.parameters(), momentum)
-        for name in ("dino", "ibot"):
-            if name in self.objectives:
-                objective = self.objectives[name]
+        for objective in self._active.values():
+            if isinstance(objective, Dino | Ibot):
                 ema_(objective.teacher_head.parameters(), objective.student_head.parameters(), momentum)
 
     def momentum(self, step: int) -> float:
@@ -176,7 +182,7 @@ class Pretraining(nn.Module):
 
     def discard(self) -> None:
         """Drop what a skipped step left behind."""
-        for objective in self.objectives.values():
+        for objective in self._active.values():
             objective.discard()
 
 

@@ -74,7 +74,9 @@ def _resolve_encoder(resolver: _Resolver, facts: DataFacts) -> None:
     assert size is not None
     patch = 4 if size <= 40 else 8 if size <= 112 else 16
     resolver.fill("encoder.patch_size", patch, f"about 8 x 8 patches or more at {size} px")
-    resolver.fill("encoder.num_registers", 4 if encoder.class_token else 0, "DINOv2 with registers; none without class token")
+    resolver.fill(
+        "encoder.num_registers", 4 if encoder.class_token else 0, "DINOv2 with registers; none without class token"
+    )
     resolver.fill("encoder.in_chans", facts.channels, "channels of the data")
 
 
@@ -102,7 +104,9 @@ def _resolve_crops(resolver: _Resolver) -> None:
     resolver.fill("crops.num_local", count, "DINO's multi-crop; fewer at small sizes; none without DINO")
     local = max(patch, round(size * 96 / 224 / patch) * patch)
     resolver.fill("crops.local_size", local, "96 of 224 pixels, as DINO, in whole patches")
-    resolver.fill("crops.global_scale", [0.4, 1.0] if config.crops.num_local else [0.2, 1.0], "DINO with, MAE without local crops")
+    resolver.fill(
+        "crops.global_scale", [0.4, 1.0] if config.crops.num_local else [0.2, 1.0], "DINO with, MAE without local crops"
+    )
 
 
 def _resolve_optim(resolver: _Resolver) -> None:
@@ -115,7 +119,9 @@ def _resolve_optim(resolver: _Resolver) -> None:
     half_life = min(88_700, max(batch, batch * steps // 20))
     momentum = 0.5 ** (batch / half_life)
     resolver.fill(
-        "optim.momentum", round(momentum, 6), f"half-life of {half_life:,} images: DINO's .996 at 512, at most 1/20 of the run"
+        "optim.momentum",
+        round(momentum, 6),
+        f"half-life of {half_life:,} images: DINO's .996 at 512, at most 1/20 of the run",
     )
 
 
@@ -127,7 +133,9 @@ def _resolve_objectives(resolver: _Resolver, facts: DataFacts) -> None:
     for name in ("dino", "ibot"):
         if getattr(config, name) is not None:
             resolver.fill(f"{name}.num_prototypes", prototypes, f"{facts.num_images:,} images")
-            resolver.fill(f"{name}.teacher_temperature", temperature, ".04 for small sets to DINO's .07 at ImageNet's size")
+            resolver.fill(
+                f"{name}.teacher_temperature", temperature, ".04 for small sets to DINO's .07 at ImageNet's size"
+            )
             resolver.fill(f"{name}.teacher_temperature_start", 0.04, "DINO")
     if config.mae is not None:
         width = config.encoder.embed_dim or next((w for n, w in _WIDTH.items() if n in str(config.encoder.name)), 768)
@@ -141,7 +149,9 @@ def _check(config: PretrainConfig) -> None:
     """What no default can mend."""
     size, patch = _required(config.encoder.image_size), _required(config.encoder.patch_size)
     if size % patch:
-        raise InputError(f"encoder.image_size={size} is no multiple of encoder.patch_size={patch}; take {size // patch * patch}")
+        raise InputError(
+            f"encoder.image_size={size} is no multiple of encoder.patch_size={patch}; take {size // patch * patch}"
+        )
     if config.crops.num_local:
         local = _required(config.crops.local_size)
         if local % patch:
@@ -154,7 +164,9 @@ def _check(config: PretrainConfig) -> None:
     if _required(config.batch_size) % config.accumulate:
         raise InputError(f"accumulate={config.accumulate} does not divide batch_size={config.batch_size}")
     if not config.encoder.class_token and config.encoder.num_registers:
-        raise InputError(f"encoder.num_registers={config.encoder.num_registers} needs encoder.class_token=true; set it to 0")
+        raise InputError(
+            f"encoder.num_registers={config.encoder.num_registers} needs encoder.class_token=true; set it to 0"
+        )
 
 
 def _required(value: int | None) -> int:

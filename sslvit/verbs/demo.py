@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from sslvit.data.pairs import open_pairs
-from sslvit.data.sources import open_source
+from sslvit.data.scenes import Scenes
 from sslvit.probes.rows import Row
 from sslvit.run_folder import RunFolder
 from sslvit.verbs.align import align
@@ -48,7 +48,9 @@ def demo(*, output_dir: str | Path | None = None) -> Path:
             print(f"{out}: finished already; delete the folder to start over")
             return out
         _chapter("1. pretrain: 20,000 images without labels become an encoder")
-        pretrain(config_file="pretrain/scenes", output_dir=out, data=IMAGES, knn={"train": SINGLE_TRAIN, "val": SINGLE_VAL})
+        pretrain(
+            config_file="pretrain/scenes", output_dir=out, data=IMAGES, knn={"train": SINGLE_TRAIN, "val": SINGLE_VAL}
+        )
         _chapter("2. evaluate: what did it learn, beside a random encoder and raw pixels?")
         evaluate(
             encoder=str(out),
@@ -90,13 +92,15 @@ def _frozen(out: Path) -> list[Row]:
         controls=["random_encoder"],
     )
     rows: list[Row] = json.loads((frozen / "results.json").read_text())
-    return [{**row, "name": row["name"].replace("vlm/", "vlm/frozen/", 1)} for row in rows if row["name"].startswith("vlm/")]
+    return [
+        {**row, "name": row["name"].replace("vlm/", "vlm/frozen/", 1)} for row in rows if row["name"].startswith("vlm/")
+    ]
 
 
 def _ask(out: Path) -> None:
     """A few questions about scenes nobody trained on, through the exported folder; kept in OUT/asked/."""
     pairs = open_pairs(QUESTIONS)
-    source = open_source(QUESTIONS)
+    source = Scenes.from_spec(QUESTIONS)
     folder = out / "asked"
     folder.mkdir(exist_ok=True)
     rows = []
@@ -106,6 +110,6 @@ def _ask(out: Path) -> None:
         turn = next(t for t in pairs.turns(index) if t.family != "caption")
         rows.append({"image": place.name, "question": turn.question, "answer": turn.answer})
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    answered = ask(out / "vlm", jsonl=folder / "questions.jsonl", output_file=folder / "answers.jsonl")
-    for row in answered:
+    ask(out / "vlm", jsonl=folder / "questions.jsonl", output_file=folder / "answers.jsonl")
+    for row in map(json.loads, (folder / "answers.jsonl").read_text().splitlines()):
         print(f"{row['image']}: {row['question']}  {row['prediction']}   (truth: {row['answer']})")

@@ -125,7 +125,9 @@ def measure_facts(source: Source, device: str, channels: int | None, num_probed:
         sides.append(min(image.shape[:2]))
         counts.append(image.shape[2])
     if not sides:
-        raise InputError(f"{source.spec}: none of {len(reasons)} images looked at can be read ({reasons[0]}); run check-data")
+        raise InputError(
+            f"{source.spec}: none of {len(reasons)} images looked at can be read ({reasons[0]}); run check-data"
+        )
     wanted = channels or _channels(counts)
     return DataFacts(len(source), int(statistics.median(sides)), wanted, device)
 
@@ -137,7 +139,7 @@ def _channels(counts: list[int]) -> int:
 
 
 def _preprocessing(config: PretrainConfig, source: Source, folder: RunFolder) -> Preprocessing:
-    """Mean and std: ImageNet's for RGB, as every released encoder; measured on the data otherwise, and kept for resume."""
+    """Mean and std: ImageNet's for RGB, as every released encoder; else measured once and kept for resume."""
     size = _required(config.encoder.image_size)
     if config.encoder.in_chans == 3:
         return Preprocessing(size, IMAGENET_MEAN, IMAGENET_STD)

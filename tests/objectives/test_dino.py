@@ -86,8 +86,9 @@ def test_a_loss_that_pairs_a_view_with_itself_is_caught():
     dino = make(2, 0)
     tokens = fake_tokens(dino.passes(Draw(0, 0, torch.arange(BATCH)), 4))
     loss, _ = dino.loss(tokens, torch.zeros(()), step=0)
-    targets = dino.centering.targets(torch.cat([dino.teacher_head(tokens[Pass("teacher", "global", v)].cls) for v in (0, 1)]), 0.04)
-    logits = torch.cat([dino.student_head(tokens[Pass("student", "global", v)].cls) for v in (0, 1)])
+    seen = {net: torch.cat([tokens[Pass(net, "global", v)].cls for v in (0, 1)]) for net in ("teacher", "student")}
+    targets = dino.centering.targets(dino.teacher_head(seen["teacher"]), 0.04)
+    logits = dino.student_head(seen["student"])
     assert abs(cross_entropy(targets, logits, 0.1).item() - loss.item()) > 1e-4
 
 

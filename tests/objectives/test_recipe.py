@@ -9,7 +9,8 @@ from sslvit.errors import InputError
 from sslvit.objectives.config import DinoConfig, IbotConfig, KoleoConfig, MaeConfig
 from sslvit.objectives.recipe import DataFacts, resolve
 
-FREE = {"init", "device", "num_workers", "val_data", "data", "embed_dim", "depth", "num_heads", "weight_decay_end", "train", "val"}
+FREE = {"init", "device", "num_workers", "val_data", "data", "embed_dim", "depth", "num_heads"}
+FREE |= {"weight_decay_end", "train", "val"}
 
 
 def missing(node, prefix=""):
