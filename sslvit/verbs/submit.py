@@ -22,7 +22,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from sslvit.errors import EXIT_DONE, EXIT_INPUT, EXIT_RESUMABLE, InputError, Res
 from sslvit.run_folder import process_start, write_atomically
 from sslvit.verbs.job import Job
 
+DISTRIBUTED = ("pretrain", "align")  # verbs whose tasks share the work
 LIVE = ("waiting", "running", "unknown")
 SLURM_ONLY = ("nodes", "cpus_per_task", "mem_gb", "partition", "account", "qos", "constraint", "sbatch", "srun_args")
 
@@ -111,7 +112,7 @@ def submit(
     if cancel is not None:
         return _cancel(_records(Path(cancel)))
     plans = make_plans(verb_args, sweep)
-    settings = read_launch(launch or "local")
+    settings = fit_to_verb(read_launch(launch or "local"), plans[0].words[0])
     if dry_run:
         print(describe(plans, settings))
         return []
@@ -179,6 +180,13 @@ def read_launch(name: str) -> LaunchConfig:
         if value is not None and value <= 0:
             raise InputError(f"{found}: {key} is {value}; it must be positive")
     return settings
+
+
+def fit_to_verb(settings: LaunchConfig, verb: str) -> LaunchConfig:
+    """Verbs that do not train together get one task and at most one GPU, however much the launch file asks for."""
+    if verb in DISTRIBUTED:
+        return settings
+    return replace(settings, nodes=1, tasks_per_node=1, gpus_per_node=min(1, num_gpus(settings)))
 
 
 def num_tasks(settings: LaunchConfig) -> int:
@@ -283,7 +291,8 @@ def _start(plans: Sequence[Plan], settings: LaunchConfig, num_restarts: int = 0)
     """Queue what is not queued already; a sweep on Slurm becomes one array."""
     records, new = [], []
     for plan in plans:
-        live = [record for record in _records(plan.output_dir) if state_of(record)["state"] in LIVE]
+        same_verb = [record for record in _records(plan.output_dir) if record.words[0] == plan.words[0]]
+        live = [record for record in same_verb if state_of(record)["state"] in LIVE]
         if live:
             print(f"job {live[-1].id} of {plan.output_dir} is there already")
             records.append(live[-1])

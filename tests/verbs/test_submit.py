@@ -139,6 +139,12 @@ def test_dry_run_checks_the_command(words):
         submit(words, launch="slurm", dry_run=True)
 
 
+def test_verbs_that_do_not_share_work_get_one_task(tmp_path, capsys):
+    submit(["check-data", "scenes:"], launch="slurm", dry_run=True)
+    found = flags(capsys.readouterr().out)
+    assert (found["nodes"], found["ntasks-per-node"], found["gpus-per-node"]) == ("1", "1", "1")
+
+
 def test_plans_of_a_sweep():
     plans = make_plans(["pretrain", "data=x", "--output-dir", "o"], ["crops.ratio=[1,2],[3,4]", "seed=1,2"])
     assert [plan.words[-4:-2] for plan in plans] == [
@@ -417,6 +423,15 @@ def test_slurm_states(slurm, stand_in):
     assert submit(status=stand_in)[0]["state"] == "done"
     (stand_in / "jobs" / "41_state.json").unlink()
     assert submit(status=stand_in)[0]["state"] == "killed"
+
+
+def test_a_guest_is_queued_beside_the_run_itself(slurm, stand_in):
+    (slurm / "state").write_text("RUNNING\n")
+    submit(pretrain_words(stand_in), launch="slurm")
+    (slurm / "sbatch").write_text("#!/bin/sh\necho Submitted batch job 42\n")
+    guest = ["evaluate", "--encoder", "r", "--train-dataset", "a", "--val-dataset", "b", "--output-dir"]
+    (state,) = submit([*guest, str(stand_in)], launch="slurm")
+    assert state["id"] == "42"
 
 
 def test_slurm_cancel(slurm, stand_in):
