@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import timm
 import torch
-from timm.layers import DropPath, resample_abs_pos_embed
+from timm.layers import DropPath, resample_abs_pos_embed, trunc_normal_
 from timm.layers.patch_embed import PatchEmbed
 from timm.models.eva import Eva
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
@@ -140,6 +140,8 @@ def create_timm(name: str, args: dict[str, Any]) -> Encoder:
     except (TypeError, AssertionError) as error:
         raise InputError(f"timm cannot build {name!r} with {args}: {error}") from error
     check_encoder(encoder)
+    if encoder.no_embed_class:
+        _init_prefix(encoder)
     return encoder
 
 
@@ -260,6 +262,17 @@ def class_attention_maps(encoder: Encoder, images: Tensor) -> Tensor:
     weights = attention_weights(block.attn, block.norm1(x))
     rows = weights[:, :, 0] if encoder.cls_token is not None else weights.mean(dim=2)
     return rows[..., encoder.num_prefix_tokens :].unflatten(-1, patch_grid(encoder, _size(images)))
+
+
+def _init_prefix(encoder: Encoder) -> None:
+    """Start class token and registers at 0.02, where a position of their own would put them.
+
+    timm starts them at 1e-6. Without a position to add, that is far below the norms' epsilon of 1e-6 (a variance): what
+    leaves the final norm is then 1e-3 instead of 1, and gradients of the class token are 1e4 instead of 1.
+    """
+    for token in (encoder.cls_token, encoder.reg_token):
+        if token is not None:
+            trunc_normal_(token, std=0.02)
 
 
 def _size(images: Tensor) -> tuple[int, int]:

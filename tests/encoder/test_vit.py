@@ -287,6 +287,19 @@ def test_config_reaches_timm() -> None:
     assert isinstance(twin.fc_norm, torch.nn.Identity) and isinstance(twin.norm, torch.nn.LayerNorm)
 
 
+@pytest.mark.parametrize("init_values", [1e-5, 1.0])
+def test_a_new_class_token_leaves_the_final_norm_at_unit_scale(init_values: float) -> None:
+    torch.manual_seed(0)
+    encoder = create_encoder(EncoderConfig("vit_tiny_patch16_224", 8, 32, True, 4, 3, depth=3, init_values=init_values))
+    images = pictures(32, 32).float()
+    cls = forward_tokens(encoder, images).cls
+    (cls - cls.roll(1, 0).detach()).square().mean().backward()
+    assert 0.5 < cls.square().mean().sqrt() < 2 and encoder.cls_token.grad.norm() < 10
+    torch.nn.init.normal_(encoder.cls_token, std=1e-6)  # as timm starts it
+    if init_values == 1e-5:
+        assert forward_tokens(encoder, images).cls.square().mean().sqrt() < 0.1
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [
