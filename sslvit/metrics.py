@@ -67,7 +67,10 @@ class MetricsLog:
     def add(self, values: Mapping[str, Tensor | float]) -> None:
         """Takes one step's values (0-d tensors or numbers) into the averages of the next line."""
         for name, value in values.items():
-            term = value.detach().float() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+            if isinstance(value, Tensor):
+                term = value.detach().to(self.device, torch.float32, non_blocking=True)
+            else:
+                term = torch.tensor(value, dtype=torch.float64)
             self._sums[name] = self._sums[name] + term if name in self._sums else term
             self._counts[name] = self._counts.get(name, 0) + 1
 

@@ -220,12 +220,11 @@ class _Saver:
     def save(self, progress: Progress) -> None:
         if self.saved_step == progress.step:
             return
+        self.close()
         self.saved_step = progress.step
         averages = self.metrics.state()
         if not distributed.is_main():
             return
-        if self.saving is not None:
-            self.saving.join()
         self.metrics.sync()
         tensors = {
             "model": self.module.state_dict(),
@@ -270,7 +269,7 @@ class _Saver:
         if progress.rollbacks + 1 >= ROLLBACKS:
             raise RuntimeError(
                 f"loss or gradient not finite {BAD_STEPS} times in a row at step {progress.step} (samples up to "
-                f"{progress.cursor}), for the {ROLLBACKS}nd time; the last good state is {target}: "
+                f"{progress.cursor}), for the second time; the last good state is {target}: "
                 "lower optim.lr, use precision=fp32, or look at the data there"
             )
         skipped, rollbacks, cursor = progress.skipped, progress.rollbacks + 1, progress.cursor
@@ -284,10 +283,9 @@ class _Saver:
 
     def _last_good(self, good_step: int) -> Path:
         """The checkpoint of `good_step`, or should it be damaged the newest one that is not."""
+        self.close()
         chosen = None
         if distributed.is_main():
-            if self.saving is not None:
-                self.saving.join()
             chosen = checkpoint_path(self.root, good_step)
             if verify_checkpoint(chosen) is not None:
                 chosen = latest_checkpoint(self.root)

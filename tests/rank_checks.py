@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -151,12 +152,13 @@ def unused_parameter(folder: Path) -> None:
         raise RuntimeError("an unused parameter went unnoticed")
 
 
-def full_disk(folder: Path) -> None:
+def full_disk(folder: Path, seconds: float = 0.0) -> None:
     """The main process cannot write: every process ends resumably."""
     write = checkpoint._write_checkpoint
 
     def full(path: Path, *rest: Any) -> None:
         if path.name == "step_0000008":
+            time.sleep(seconds)
             raise OSError(28, "No space left on device")
         write(path, *rest)
 
@@ -171,6 +173,11 @@ def full_disk(folder: Path) -> None:
         checkpoint._write_checkpoint = write
     distributed.barrier()
     assert checkpoint_path(folder / "checkpoints", 4).is_dir()
+
+
+def full_disk_noticed_late(folder: Path) -> None:
+    """The write is still under way when the next save is due."""
+    full_disk(folder, seconds=1.0)
 
 
 def other_world(folder: Path) -> list[float]:
@@ -193,6 +200,7 @@ CHECKS = (
     without_agreement_they_go_apart,
     unused_parameter,
     full_disk,
+    full_disk_noticed_late,
 )
 
 

@@ -339,7 +339,7 @@ def test_the_second_roll_back_stops_with_a_report(tmp_path: Path) -> None:
         run(tmp_path, module=module)
     text = str(caught.value)
     assert "\n" not in text
-    assert "3 times in a row at step 9 (samples up to 56), for the 2nd time" in text
+    assert "3 times in a row at step 9 (samples up to 56), for the second time" in text
     assert f"the last good state is {checkpoint_path(tmp_path / 'checkpoints', 4)}" in text
     assert "lower optim.lr" in text
     assert_checkpoints_finite(tmp_path)
