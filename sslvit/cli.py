@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import sslvit
 from sslvit.commands import VERBS, explain, parse, verb_named
 from sslvit.errors import EXIT_DONE
+from sslvit.run_folder import is_writer
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -38,6 +39,8 @@ def main(words: Sequence[str] | None = None) -> int:
 def carry_out(words: Sequence[str]) -> None:
     """Check a command, then call its verb; `ask` and `doctor` answer on standard output."""
     command = parse(words)
+    if command.verb in ("pretrain", "evaluate", "align") and is_writer():
+        print(f"run folder: {command.output_dir}", flush=True)
     answer = getattr(sslvit, command.verb)(*command.positional, **command.arguments)
     if isinstance(answer, str):
         print(answer)

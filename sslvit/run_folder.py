@@ -116,7 +116,7 @@ class RunFolder:
         path = Path(path).expanduser()
         _refuse_strangers(path)
         record = _record_folder(path, verb, overwrite)
-        folder = cls(path, record, config, writer=_is_writer(), overwrite=overwrite)
+        folder = cls(path, record, config, writer=is_writer(), overwrite=overwrite)
         if not folder.writer:
             return folder
         with _opening(path):
@@ -221,7 +221,8 @@ def _slug(spec: str) -> str:
 # ---- whose folder it is ---------------------------------------------------------------------------------------------
 
 
-def _is_writer() -> bool:
+def is_writer() -> bool:
+    """Whether this process is rank 0, or alone; torchrun and srun say so in the environment."""
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
 
 

@@ -226,6 +226,15 @@ def test_texts_that_verbs_return_are_printed(monkeypatch, capsys):
     assert capsys.readouterr().out == "two red circles\n"
 
 
+def test_the_run_folder_is_printed_once(calls, capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    run("pretrain", "data=x")
+    assert capsys.readouterr().out == "run folder: runs/pretrain-x\n"
+    monkeypatch.setenv("RANK", "1")
+    run("pretrain", "data=x")
+    assert capsys.readouterr().out == ""
+
+
 def test_help(capsys):
     for words in ([], ["--help"], ["help"], ["-h"]):
         assert run(*words) == 0

@@ -93,6 +93,7 @@ def _run(words: list[str], place: Place) -> Ending:
     """Carry one command out; starting over is done once, not after every interruption."""
     if place.restarts and any(word.startswith("overwrite=") for word in words):
         words.append("overwrite=false")
+    sys.argv = ["sslvit", *words]  # what command.txt will say
     try:
         command = parse(words)
         answer = getattr(sslvit, command.verb)(*command.positional, **command.arguments)

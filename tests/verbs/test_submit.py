@@ -282,6 +282,7 @@ def test_a_job_runs_and_says_so(stand_in, capfd):
     assert state["state"] == "done" and steps_of(stand_in) == [1, 2, 3, 4]
     said = capfd.readouterr().out
     assert "from 0 as 0 of 1" in said and "done at step 4" in said
+    assert "\nsslvit pretrain data=x steps=4 --output-dir" in (stand_in / "command.txt").read_text()
     assert stat.S_IMODE((stand_in / "jobs").stat().st_mode) == 0o700
     (again,) = submit(pretrain_words(stand_in), launch="local", follow=True)
     assert again["state"] == "done" and "finished already" in capfd.readouterr().out
