@@ -25,7 +25,7 @@ class EncoderConfig:
     embed_dim: int | None = None  # embed_dim, depth, num_heads: auto = what the timm name says
     depth: int | None = None
     num_heads: int | None = None
-    init_values: float = 1e-5  # LayerScale at the start (DINOv2)
+    init_values: float | None = None  # LayerScale at the start, 0: none; auto: 1e-5 (DINOv2), 0.1 for short runs
     drop_path_rate: float = 0.0
 
 

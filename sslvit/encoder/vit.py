@@ -94,7 +94,7 @@ def model_args(config: EncoderConfig) -> dict[str, Any]:
         "fc_norm": False,  # the final norm comes before pooling, in both forms
         "reg_tokens": num_registers,
         "no_embed_class": True,
-        "init_values": config.init_values or None,
+        "init_values": 1e-5 if config.init_values is None else config.init_values or None,
         "dynamic_img_size": True,
     }
     if not config.class_token and num_registers == 0:

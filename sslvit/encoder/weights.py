@@ -249,7 +249,7 @@ def _from_checkpoint(path: Path, spec: str, verify: bool = True) -> LoadedEncode
         num_heads=config.num_heads or heads_of_name(str(config.name)),
         img_size=_pair(config.image_size),
         act_layer="gelu" if plain else "gelu_tanh",
-        init_values=config.init_values,
+        init_values=1e-5 if config.init_values is None else config.init_values,
     )
     return _assemble(architecture, found.tensors, preprocessing, spec, step=meta["step"], license=meta.get("license"))
 

@@ -14,6 +14,7 @@ from sslvit.config import PretrainConfig
 from sslvit.errors import InputError
 
 # lightly-train's published table for DINO: prototypes by number of images.
+LONG_RUN = 50_000  # steps
 _PROTOTYPES = ((20_000, 1024), (50_000, 2048), (100_000, 4096), (200_000, 16384), (500_000, 32768))
 _WIDTH = {"tiny": 192, "small": 384, "base": 768, "large": 1024, "giant": 1536}
 _DECODER = ((256, 128, 2, 4), (512, 256, 4, 8), (math.inf, 512, 8, 16))  # up to this width: dim, depth, heads
@@ -90,6 +91,9 @@ def _resolve_length(resolver: _Resolver, facts: DataFacts) -> None:
     if facts.device == "cpu":
         seen = min(seen, 200_000)
     resolver.fill("steps", max(100, seen // size), f"about {seen:,} images seen at batch {size} on {facts.device}")
+    short = _required(resolver.config.steps) < LONG_RUN
+    reason = f"DINOv2's 1e-5 starts too slowly below {LONG_RUN:,} steps" if short else "DINOv2"
+    resolver.fill("encoder.init_values", 0.1 if short else 1e-5, reason)
     resolver.fill("checkpoint.every", max(50, _required(resolver.config.steps) // 10), "ten a run")
     resolver.fill("knn.every", max(50, _required(resolver.config.steps) // 10), "ten a run")
     resolver.fill("precision", "bf16", "autocast; losses, softmax and averages stay in fp32")

@@ -19,7 +19,7 @@ from sslvit.data.decode import BadFiles, BadImage, decode
 from sslvit.data.loader import Loader, measure_statistics
 from sslvit.data.sources import Source, open_source
 from sslvit.encoder.config import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
-from sslvit.encoder.weights import load_encoder
+from sslvit.encoder.weights import init_encoder
 from sslvit.errors import InputError
 from sslvit.exports.run_encoders import write_run_encoders
 from sslvit.metrics import MetricsLog
@@ -156,7 +156,9 @@ def build(config: PretrainConfig, preprocessing: Preprocessing) -> Pretraining:
     torch.manual_seed(config.seed)
     if config.init is None:
         return Pretraining(config, preprocessing)
-    return Pretraining(config, preprocessing, load_encoder(config.init).module)
+    encoder, report = init_encoder(config.init, config.encoder)
+    print(f"init={config.init}: {report}")
+    return Pretraining(config, preprocessing, encoder)
 
 
 def _loader(config: PretrainConfig, source: Source, bad_files: BadFiles, device: torch.device) -> Loader:
