@@ -50,6 +50,9 @@ def centred(features: np.ndarray, mean: np.ndarray) -> np.ndarray:
     return normalised(features - mean)
 
 
-def closeness(queries: np.ndarray, means: np.ndarray) -> np.ndarray:
-    """(m, C): minus the squared distance of each of `queries` (m, D) to each mean, less the query's own norm."""
-    return 2 * queries.astype(np.float64) @ means.T - np.square(means).sum(axis=1)
+def closest(queries: np.ndarray, means: np.ndarray) -> np.ndarray:
+    """(m,) which of `means` (C, D) is nearest to each of `queries` (m, D) in Euclidean distance; ties by place."""
+    norms = np.square(means).sum(axis=1)
+    rows = max(1, 2**24 // len(means))
+    parts = [queries[start : start + rows].astype(np.float64) for start in range(0, len(queries), rows)]
+    return np.concatenate([(2 * part @ means.T - norms).argmax(axis=1) for part in parts])

@@ -22,7 +22,7 @@ PROTOCOL = "k-NN (DINO): cosine, votes exp(sim/.07)"
 NUM_NEIGHBOURS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
 
-TRAIN_BLOCK = 131_072  # rows normalised and searched at a time
+TRAIN_BLOCK = 32_768  # rows normalised and searched at a time
 QUERY_BLOCK = 16_384
 EXACT_TRAIN_BLOCK, EXACT_QUERY_BLOCK = 16_384, 256
 SPARE = 8  # neighbours fetched beyond k, so that a tie at the border is seen
@@ -30,10 +30,10 @@ NEAR = 2e-6  # float32 similarities nearer than this may be out of order
 NEAR_SHARES = 2e-5  # likewise for shares of votes: exp(. / .07) magnifies by 14
 
 
-def normalised(features: np.ndarray) -> np.ndarray:
-    """A copy of the rows (n, D) at unit length in float32; a zero row stays zero."""
-    features = np.array(features, dtype=np.float32, order="C")
-    features /= np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+def normalised(features: np.ndarray, dtype: type = np.float32) -> np.ndarray:
+    """A copy of the rows (n, D) at unit length in float32 or `dtype`; a zero row stays zero."""
+    features = np.array(features, dtype=dtype, order="C")
+    features /= np.maximum(np.sqrt(np.einsum("nd,nd->n", features, features)), 1e-12)[:, None]
     return features
 
 
@@ -88,9 +88,9 @@ def nearest(
         best, where = _search(train, block, min(k + SPARE, len(train)))
         near_tie, run_off = _doubtful(best, borders, len(train))
         for q in np.flatnonzero(near_tie & ~run_off):
-            best[q], where[q] = _reorder(train, block[q], where[q])
+            best[q], where[q] = _reorder(train, queries[start + q], where[q])
         for part in np.array_split(np.flatnonzero(run_off), np.ceil(run_off.sum() / EXACT_QUERY_BLOCK) or 1):
-            best[part], where[part] = _search_exact(train, block[part], best.shape[1])
+            best[part], where[part] = _search_exact(train, queries[start + part], best.shape[1])
         similarities[start : start + len(block)] = best[:, :k]
         indices[start : start + len(block)] = where[:, :k]
     return similarities, indices
@@ -122,23 +122,25 @@ def _doubtful(best: np.ndarray, borders: Sequence[int], num_train: int) -> tuple
 
 
 def _reorder(train: np.ndarray, query: np.ndarray, where: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The fetched neighbours of one unit query, in their exact order."""
+    """The fetched neighbours of one query (D,), in their exact order."""
     exact = _exact_similarity(train, query, where)
     order = np.lexsort((where, -exact))
     return exact[order].astype(np.float32), where[order]
 
 
 def _exact_similarity(train: np.ndarray, query: np.ndarray, where: np.ndarray) -> np.ndarray:
-    """Products of one unit query (D,) with the unit rows `where` of train: (k,) float64, to 9 decimals."""
-    return np.round(normalised(train[where]).astype(np.float64) @ query.astype(np.float64), 9)
+    """Cosine of one query (D,) with the rows `where` of train: (k,) float64, to 9 decimals."""
+    rows, unit = normalised(train[where], np.float64), normalised(query[None], np.float64)[0]
+    return np.round(rows @ unit, 9)
 
 
 def _search_exact(train: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """float64 search of a few unit queries. One integer key holds similarity and index, so that no tie is left."""
+    """float64 search of a few queries. One integer key holds similarity and index, so that no tie is left."""
+    unit = normalised(queries, np.float64)
     keys = np.empty((len(queries), 0), dtype=np.int64)
     for start in range(0, len(train), EXACT_TRAIN_BLOCK):
-        rows = normalised(train[start : start + EXACT_TRAIN_BLOCK]).astype(np.float64)
-        billionths = np.rint(queries.astype(np.float64) @ rows.T * 1e9).astype(np.int64)
+        rows = normalised(train[start : start + EXACT_TRAIN_BLOCK], np.float64)
+        billionths = np.rint(unit @ rows.T * 1e9).astype(np.int64)
         index = np.arange(start, start + len(rows))
         keys = np.concatenate([keys, (-billionths << 32) + index], axis=1)
         if keys.shape[1] > k:
@@ -166,8 +168,7 @@ def _vote(
         near = neighbours[rows]
         ranked, shares = _rank_classes(similarities[rows].astype(np.float64), ids[near], temperature)
         for q in np.flatnonzero(_near_shares(ranked, shares)):
-            query = normalised(queries[start + q : start + q + 1])[0]
-            exact = _exact_similarity(train, query, near[q])
+            exact = _exact_similarity(train, queries[start + q], near[q])
             ranked[q] = _rank_classes(exact[None], ids[near[q]][None], temperature)[0][0]
         ranking[rows] = classes[_fill(ranked, len(classes), places)]
     return ranking

@@ -23,6 +23,7 @@ from sslvit.probes.knn import check_features
 
 LEARNING_RATES = (*(m * 10.0**e for e in (-5, -4, -3, -2) for m in (1, 2, 5)), 0.1)
 MOMENTUM = 0.9
+MAX_NUMBERS = 2**27  # weights or logits at once; with very many classes the grid is trained in parts
 PROTOCOL = "linear (DINOv2 grid): SGD .9, cosine, chosen on 10% of train, fitted on 90%"
 PROTOCOL_DINO = "linear (DINO): one head, SGD .9, lr .001 per 256, cosine, 100 epochs, all of train"
 PROTOCOL_MAE = "linear (MAE): batch norm without affine, LARS .1 per 256, warm-up 10 of 90 epochs, cosine, all of train"
@@ -54,8 +55,7 @@ class Head:
 
     def logits(self, parts: Sequence[np.ndarray]) -> np.ndarray:
         """(m, C) from the parts of its variant, of other images."""
-        rows = [slice(start, start + 16_384) for start in range(0, len(parts[0]), 16_384)]
-        return np.concatenate([np.concatenate([p[r] for p in parts], axis=1) @ self.weight + self.bias for r in rows])
+        return np.concatenate(parts, axis=1) @ self.weight + self.bias
 
 
 def input_variants(blocks: Sequence[np.ndarray], mean_patch: np.ndarray, has_class_token: bool) -> list[Inputs]:
@@ -137,7 +137,8 @@ class Heads:
     def score(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Accuracy (H,) and mean cross-entropy (H,) of each head on `inputs` (n, D)."""
         correct, loss = torch.zeros(self.num_heads), torch.zeros(self.num_heads)
-        for x, y in zip(inputs.split(4096), targets.split(4096), strict=True):
+        rows = max(1, min(4096, 2**26 // self.num_classes))
+        for x, y in zip(inputs.split(rows), targets.split(rows), strict=True):
             for i in range(self.num_heads):
                 weight, bias = self.head(i)
                 logits = torch.addmm(bias, x, weight)
@@ -170,15 +171,22 @@ def fit(
     size = min(batch_size, len(fitting))
     device = torch.device(device)
     targets = torch.from_numpy(ids).to(device)
-    candidates = []
+    choice = Choice(classes)
     for variant in variants:  # one after the other: only one copy of the features at a time
         check_features(*variant.parts)
         inputs = torch.from_numpy(variant.matrix()).to(device)
-        heads = Heads(inputs.shape[1], len(classes), learning_rates, seed, device)
-        order = (torch.from_numpy(fitting[i]).to(device) for i in batches(len(fitting), size, steps, seed))
-        train_heads([heads], (([inputs[i]], targets[i]) for i in order), steps, size)
-        candidates.append((variant.name, heads, *heads.score(inputs[choosing], targets[choosing])))
-    return choose(candidates, classes, learning_rates)
+        for rates in _affordable(learning_rates, max(inputs.shape[1], size) * len(classes)):
+            heads = Heads(inputs.shape[1], len(classes), rates, seed, device)
+            order = (torch.from_numpy(fitting[i]).to(device) for i in batches(len(fitting), size, steps, seed))
+            train_heads([heads], (([inputs[i]], targets[i]) for i in order), steps, size)
+            choice.consider(variant.name, heads, rates, inputs[choosing], targets[choosing])
+    return choice.made()
+
+
+def _affordable(learning_rates: Sequence[float], numbers_per_head: int) -> list[Sequence[float]]:
+    """The learning rates in groups that are trained at once: all, unless weights or logits exceed MAX_NUMBERS."""
+    at_once = max(1, min(len(learning_rates), MAX_NUMBERS // numbers_per_head))
+    return [learning_rates[i : i + at_once] for i in range(0, len(learning_rates), at_once)]
 
 
 def fit_stream(
@@ -199,28 +207,35 @@ def fit_stream(
     groups = [Heads(width, len(classes), LEARNING_RATES, seed, device) for width in widths]
     train_heads(groups, stream, steps, batch_size)
     targets = torch.from_numpy(ids[choosing]).to(device)
-    candidates = []
+    choice = Choice(classes)
     for variant, heads in zip(variants, groups, strict=True):
         inputs = torch.from_numpy(np.concatenate([part[choosing] for part in variant.parts], axis=1)).to(device)
-        candidates.append((variant.name, heads, *heads.score(inputs, targets)))
-    return choose(candidates, classes, LEARNING_RATES)
+        choice.consider(variant.name, heads, LEARNING_RATES, inputs, targets)
+    return choice.made()
 
 
-def choose(
-    candidates: Sequence[tuple[str, Heads, Tensor, Tensor]], classes: np.ndarray, learning_rates: Sequence[float]
-) -> Head:
-    """The head with the best accuracy on the choosing images, the smaller cross-entropy deciding ties."""
-    merits = [
-        (float(accuracy[i]), -float(loss[i]), -group, -i)
-        for group, (_, _, accuracy, loss) in enumerate(candidates)
-        for i in range(len(learning_rates))
-        if np.isfinite(float(loss[i]))
-    ]
-    assert merits, "the smallest learning rates do not diverge on finite features"
-    _, _, group, i = max(merits)
-    name, heads = candidates[-group][:2]
-    weight, bias = heads.head(-i)
-    return Head(name, learning_rates[-i], weight.cpu().numpy(), bias.cpu().numpy(), classes)
+class Choice:
+    """Keeps the head with the best accuracy on the choosing images; ties by cross-entropy, then the first."""
+
+    def __init__(self, classes: np.ndarray) -> None:
+        self.classes = classes
+        self.merit: tuple[float, float] = (-1.0, -np.inf)
+        self.head: Head | None = None
+
+    def consider(self, name: str, heads: Heads, rates: Sequence[float], inputs: Tensor, targets: Tensor) -> None:
+        """Score trained heads on the choosing images, `inputs` (n, D) and `targets` (n,)."""
+        accuracy, loss = heads.score(inputs, targets)
+        for i, rate in enumerate(rates):
+            merit = (float(accuracy[i]), -float(loss[i]))
+            if np.isfinite(merit[1]) and merit > self.merit:
+                self.merit = merit
+                weight, bias = (part.cpu().numpy().copy() for part in heads.head(i))
+                self.head = Head(name, rate, weight, bias, self.classes)
+
+    def made(self) -> Head:
+        """The chosen head."""
+        assert self.head is not None, "the smallest learning rates do not diverge on finite features"
+        return self.head
 
 
 def fit_dino(inputs: Inputs, labels: np.ndarray, *, seed: int = 0, device: str | torch.device = "cpu") -> Head:

@@ -110,20 +110,21 @@ def _from_head(head: linear.Head, words: str, chosen: str = "") -> Fitted:
         features = val.features
         variants = linear.input_variants(features.blocks, features.mean_patch, features.has_class_token)
         parts = next(variant.parts for variant in variants if variant.name == head.inputs)
-        return [Answer(best_first(head.logits(parts), head.classes), words, chosen=chosen)]
+        ranking = best_first(lambda rows: head.logits([p[rows] for p in parts]), len(features), head.classes)
+        return [Answer(ranking, words, chosen=chosen)]
 
     return answer
 
 
 def fit_logreg(train: Examples, labels: np.ndarray, config: EvaluateConfig) -> Fitted:
     """DINOv2's logistic regression on the class token."""
-    model = logreg.fit(train.features.cls, labels, seed=config.seed)
+    model = logreg.fit(train.features.cls, labels, seed=config.seed, device=train.device)
     words = f"{logreg.PROTOCOL}, {_token(train)}"
 
     def answer(val: Examples) -> list[Answer]:
-        return [
-            Answer(best_first(model.logits(val.features.cls), model.classes), words, chosen=f"C {model.strength:.3g}")
-        ]
+        queries = val.features.cls
+        ranking = best_first(lambda rows: model.logits(queries[rows]), len(queries), model.classes)
+        return [Answer(ranking, words, chosen=f"C {model.strength:.3g}")]
 
     return answer
 
@@ -148,7 +149,7 @@ def fit_fewshot(train: Examples, labels: np.ndarray, config: EvaluateConfig) -> 
         queries = fewshot.centred(val.features.cls, middle)
         return [
             Answer(
-                Draws(np.stack([c[fewshot.closeness(queries, means).argmax(axis=1)] for means, c in models], axis=1)),
+                Draws(np.stack([c[fewshot.closest(queries, means)] for means, c in models], axis=1)),
                 f"{fewshot.PROTOCOL}, {_token(train)}, {name}: {len(subsets[name][0])} images",
                 f"{name}/",
             )
@@ -198,12 +199,13 @@ def fit_attentive(train: Examples, labels: np.ndarray, config: EvaluateConfig) -
     )
 
     def answer(val: Examples) -> list[Answer]:
-        logits = [
+        batches = [
             attentive.predict(heads, layers[0].patches.half(), train.device)[chosen].numpy()
             for layers, _ in val.tokens(val.features.indices)
         ]
-        lr = attentive.LEARNING_RATES[chosen]
-        return [Answer(best_first(np.concatenate(logits), classes), words, chosen=f"lr {lr:g}")]
+        logits = np.concatenate(batches)
+        ranking = best_first(lambda rows: logits[rows], len(logits), classes)
+        return [Answer(ranking, words, chosen=f"lr {attentive.LEARNING_RATES[chosen]:g}")]
 
     return answer
 
@@ -312,9 +314,20 @@ def measure_health(train: Examples, config: EvaluateConfig) -> list[Score]:
     return scores
 
 
-def best_first(logits: np.ndarray, classes: np.ndarray, places: int = 5) -> Ranking:
-    """The labels of the largest logits (m, C), ties by label."""
-    return Ranking(classes[np.argsort(-logits, axis=1, kind="stable")[:, :places]], len(classes))
+def best_first(
+    logits_of: Callable[[slice], np.ndarray], num_images: int, classes: np.ndarray, places: int = 5
+) -> Ranking:
+    """The labels of the largest logits, ties by label. `logits_of(rows)` gives (rows, C): never all at once."""
+    places, step = min(places, len(classes)), max(1, 2**24 // len(classes))
+    rankings = []
+    for start in range(0, num_images, step):
+        logits = logits_of(slice(start, min(start + step, num_images))).copy()
+        best = np.empty((len(logits), places), dtype=np.int64)
+        for place in range(places):
+            best[:, place] = logits.argmax(axis=1)
+            logits[np.arange(len(logits)), best[:, place]] = -np.inf
+        rankings.append(classes[best])
+    return Ranking(np.concatenate(rankings), len(classes))
 
 
 def _token(examples: Examples) -> str:

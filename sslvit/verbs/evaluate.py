@@ -23,7 +23,15 @@ from sslvit.encoder.weights import LoadedEncoder, load_encoder, random_like
 from sslvit.errors import InputError
 from sslvit.probes import segmentation
 from sslvit.probes.config import check_evaluate
-from sslvit.probes.features import Examples, Extraction, Features, default_precision, shared_cache, source_digest
+from sslvit.probes.features import (
+    PIXEL_SIZE,
+    Examples,
+    Extraction,
+    Features,
+    default_precision,
+    shared_cache,
+    source_digest,
+)
 from sslvit.probes.label_file import with_label_file
 from sslvit.probes.protocols import fit_segmentation, measure_health, probe_for
 from sslvit.probes.rows import Row, describe, row
@@ -126,7 +134,8 @@ def _examples(subject: Subject, source: Source, config: EvaluateConfig, folder: 
         cache_dir=shared_cache() or folder.path / "features",
     )
     if subject.encoder is None:
-        return Examples(source, None, Preprocessing(32), extraction, subject.fingerprint)
+        extraction = replace(extraction, precision="fp32")
+        return Examples(source, None, Preprocessing(PIXEL_SIZE), extraction, subject.fingerprint)
     return Examples(source, subject.encoder.module, subject.encoder.preprocessing, extraction, subject.fingerprint)
 
 

@@ -1,6 +1,8 @@
 """k-NN against plain loops, scikit-learn and DINO's own evaluation."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -16,14 +18,14 @@ def features(n, dim, seed):
     return np.random.default_rng(seed).normal(size=(n, dim)).astype(np.float32)
 
 
-def unit(x):
-    x = np.asarray(x, dtype=np.float32)
+def unit(x, dtype=np.float32):
+    x = np.asarray(x, dtype=dtype)
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
 def loop_ranking(train, labels, query, k, temperature=0.07):
     """The definition: sort by (similarity, index), add up votes in a dict, sort classes by (share, label)."""
-    train, query = unit(train).astype(np.float64), unit(query[None])[0].astype(np.float64)
+    train, query = unit(train, np.float64), unit(query[None], np.float64)[0]
     similar = [round(math.fsum(a * b for a, b in zip(row, query, strict=True)), 9) for row in train]
     order = sorted(range(len(train)), key=lambda i: (-similar[i], i))[:k]
     votes = {int(c): 0.0 for c in labels}
@@ -125,6 +127,29 @@ def test_many_classes():
     ranking = knn(train, labels, train[:50], ks=(1, 20))
     assert np.array_equal(ranking[1][:, 0], labels[:50])
     assert ranking[20].shape == (50, 5)
+
+
+@pytest.mark.slow
+def test_memory_stays_near_that_of_the_features():
+    """A million rows of 384: the search adds less than half of what they take."""
+    code = """
+import resource
+import numpy as np
+from sslvit.probes.knn import knn
+rng = np.random.default_rng(0)
+train = np.empty((1_000_000, 384), np.float32)
+for part in np.array_split(train, 20):
+    rng.standard_normal(out=part, dtype=np.float32)
+labels = rng.integers(0, 1000, len(train))
+queries = train[:1000] + 0.1
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+ranking = knn(train, labels, queries)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+assert (ranking[20][:, 0] == labels[:1000]).mean() > 0.9
+print((peak - before) / train.nbytes)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(run.stdout) < 0.5
 
 
 def test_collapsed_features_give_the_answer_of_the_tie_rule():

@@ -150,6 +150,16 @@ def test_stream_trains_as_cached_features_do():
     np.testing.assert_allclose(streamed.weight, cached.weight, atol=1e-6)
 
 
+def test_grid_in_parts_is_the_grid(monkeypatch):
+    """With very many classes the heads are trained a few at a time."""
+    x, labels = problem()
+    whole = fit([Inputs("a", (x,))], labels, steps=30, batch_size=32)
+    monkeypatch.setattr(linear, "MAX_NUMBERS", 3 * 32 * 5)
+    parts = fit([Inputs("a", (x,))], labels, steps=30, batch_size=32)
+    assert whole.learning_rate == parts.learning_rate
+    np.testing.assert_allclose(whole.weight, parts.weight, atol=1e-6)
+
+
 def test_dino_head_equals_its_plain_run():
     x, labels = problem(n=260)
     head = linear.fit_dino(Inputs("a", (x,)), labels, seed=2)
