@@ -8,6 +8,7 @@ from PIL import Image
 
 import sslvit
 from sslvit.errors import InputError
+from sslvit.probes import measure as measuring
 from sslvit.probes import protocols
 from sslvit.probes.config import PROTOCOLS
 from sslvit.verbs import evaluate as verb
@@ -105,13 +106,13 @@ def test_a_fitted_probe_never_sees_validation_labels(tmp_path, monkeypatch, name
 @pytest.mark.parametrize("name", ["knn", "linear", "logreg", "attentive", "fewshot"])
 def test_other_validation_labels_change_no_answer(tmp_path, monkeypatch, name):
     said = []
-    original = verb.score
+    original = measuring.score
     monkeypatch.setattr(
-        verb, "score", lambda answers, labels, seed: said.append(answers) or original(answers, labels, seed)
+        measuring, "score", lambda answers, labels, seed: said.append(answers) or original(answers, labels, seed)
     )
     evaluate(tmp_path, protocol=[name])
-    aligned = verb.align_labels
-    monkeypatch.setattr(verb, "align_labels", lambda *a: (aligned(*a) + 1) % 8)
+    aligned = measuring.align_labels
+    monkeypatch.setattr(measuring, "align_labels", lambda *a: (aligned(*a) + 1) % 8)
     evaluate(tmp_path, protocol=[name], overwrite=True)
     for one, other in zip(*said, strict=True):
         assert (one.protocol, one.chosen) == (other.protocol, other.chosen)
@@ -120,8 +121,8 @@ def test_other_validation_labels_change_no_answer(tmp_path, monkeypatch, name):
 
 def test_validation_is_scored_once(tmp_path, monkeypatch):
     calls = []
-    original = verb.score
-    monkeypatch.setattr(verb, "score", lambda *a: calls.append(1) or original(*a))
+    original = measuring.score
+    monkeypatch.setattr(measuring, "score", lambda *a: calls.append(1) or original(*a))
     evaluate(tmp_path, protocol="knn,linear")
     assert len(calls) == 2
 
@@ -205,12 +206,12 @@ def test_segmentation_needs_masks(tmp_path):
 
 def test_finished_cells_are_not_measured_again(tmp_path, monkeypatch):
     first = evaluate(tmp_path, protocol="knn")
-    monkeypatch.setattr(verb, "_measure", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(verb, "measure", lambda *_: pytest.fail("measured again"))
     assert evaluate(tmp_path, protocol="knn") == first
     monkeypatch.undo()
     calls = []
-    original = verb._measure
-    monkeypatch.setattr(verb, "_measure", lambda name, *a: calls.append(name) or original(name, *a))
+    original = verb.measure
+    monkeypatch.setattr(verb, "measure", lambda name, *a: calls.append(name) or original(name, *a))
     evaluate(tmp_path, protocol="knn,linear")
     evaluate(tmp_path, protocol="knn", seed=1)
     evaluate(tmp_path, protocol="linear", linear_steps=21)

@@ -114,9 +114,10 @@ class Examples:
         preprocessing: Preprocessing,
         extraction: Extraction,
         fingerprint: str | None = None,
+        digest: str | None = None,
     ) -> None:
         self.source, self.module, self.extraction, self.fingerprint = source, module, extraction, fingerprint
-        self.preprocessing = preprocessing
+        self.preprocessing, self._digest = preprocessing, digest
         if module is None:
             self.preprocessing = Preprocessing(PIXEL_SIZE, (0.5,) * 3, (0.5,) * 3)
         self.device = torch.device(extraction.device)
@@ -157,6 +158,11 @@ class Examples:
             whole.class_names if labels else {},
         )
         return part
+
+    @cached_property
+    def digest(self) -> str:
+        """The fingerprint of the images that are used; computed unless it was given."""
+        return self._digest or source_digest(self.source, self.selection)
 
     @cached_property
     def selection(self) -> np.ndarray:
@@ -211,7 +217,7 @@ class Examples:
             asdict(self.preprocessing),
             NUM_BLOCKS,
             self.extraction.precision,
-            source_digest(self.source, self.selection),
+            self.digest,
         ]
         return self.extraction.cache_dir / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
 

@@ -20,22 +20,20 @@ from sslvit.config import EvaluateConfig, check_config, load_config
 from sslvit.data.sources import Source, open_source
 from sslvit.encoder.config import Preprocessing
 from sslvit.encoder.weights import LoadedEncoder, load_encoder, random_like
-from sslvit.errors import InputError
-from sslvit.probes import segmentation
 from sslvit.probes.config import check_evaluate
 from sslvit.probes.features import (
     PIXEL_SIZE,
     Examples,
     Extraction,
-    Features,
+    choose_indices,
     default_precision,
     shared_cache,
     source_digest,
 )
 from sslvit.probes.label_file import with_label_file
-from sslvit.probes.protocols import fit_segmentation, measure_health, probe_for
+from sslvit.probes.measure import measure
 from sslvit.probes.rows import Row, describe, row
-from sslvit.probes.scores import Score, mean_score, score
+from sslvit.probes.scores import Score
 from sslvit.run_folder import RunFolder, default_output_dir
 
 #: What an answer of each probe depends on, beside the encoder, the images and the seed.
@@ -43,7 +41,7 @@ PROBE_KEYS = {
     "linear": ("linear_steps", "linear_batch_size", "augment"),
     "attentive": ("attentive_steps", "linear_batch_size"),
 }
-UNSEEN = -2  # a class that the training set does not name: always wrong
+Digested = tuple[Source, str]  # a set and the fingerprint of its chosen images
 NO_PIXELS = ("attentive",)  # probes that make no sense on raw pixels
 
 
@@ -80,9 +78,11 @@ def evaluate(*, config_file: str | Path | None = None, output_dir: str | Path | 
     return rows
 
 
-def _open(spec: str | None, config: EvaluateConfig) -> Source:
+def _open(spec: str | None, config: EvaluateConfig) -> Digested:
     source = open_source(str(spec))
-    return source if config.label_file is None else with_label_file(source, config.label_file)
+    if config.label_file is not None:
+        source = with_label_file(source, config.label_file)
+    return source, source_digest(source, choose_indices(len(source), config.num_images, config.seed))
 
 
 def _subjects(config: EvaluateConfig) -> Iterator[Subject]:
@@ -102,18 +102,17 @@ def _device(config: EvaluateConfig) -> str:
     return config.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def judge(subject: Subject, train: Source, val: Source, config: EvaluateConfig, folder: RunFolder) -> list[Row]:
+def judge(subject: Subject, train: Digested, val: Digested, config: EvaluateConfig, folder: RunFolder) -> list[Row]:
     """All probes on one subject; features are extracted when the first unfinished cell asks for them."""
-    sets = _examples(subject, train, config, folder), _examples(subject, val, config, folder)
-    digest = [source_digest(one.source, one.selection) for one in sets]
+    sets = _examples(subject, *train, config, folder), _examples(subject, *val, config, folder)
     rows: list[Row] = []
     for name in config.protocol:
         if subject.encoder is None and name in NO_PIXELS:
             continue
-        cell = _cell(subject, name, digest, sets, config)
+        cell = _cell(subject, name, sets, config)
         finished = None if config.overwrite else folder.read_json(cell)
         if finished is None:
-            finished = [_row(subject, name, one, sets, config) for one in _measure(name, *sets, config)]
+            finished = [_row(subject, name, one, sets, config) for one in measure(name, *sets, config)]
             _keep(folder, cell, finished)
         folder.add_results(finished)
         for entry in finished:
@@ -122,7 +121,7 @@ def judge(subject: Subject, train: Source, val: Source, config: EvaluateConfig, 
     return rows
 
 
-def _examples(subject: Subject, source: Source, config: EvaluateConfig, folder: RunFolder) -> Examples:
+def _examples(subject: Subject, source: Source, digest: str, config: EvaluateConfig, folder: RunFolder) -> Examples:
     device = _device(config)
     extraction = Extraction(
         batch_size=config.batch_size,
@@ -135,13 +134,13 @@ def _examples(subject: Subject, source: Source, config: EvaluateConfig, folder: 
     )
     if subject.encoder is None:
         extraction = replace(extraction, precision="fp32")
-        return Examples(source, None, Preprocessing(PIXEL_SIZE), extraction, subject.fingerprint)
-    return Examples(source, subject.encoder.module, subject.encoder.preprocessing, extraction, subject.fingerprint)
+        return Examples(source, None, Preprocessing(PIXEL_SIZE), extraction, subject.fingerprint, digest)
+    return Examples(
+        source, subject.encoder.module, subject.encoder.preprocessing, extraction, subject.fingerprint, digest
+    )
 
 
-def _cell(
-    subject: Subject, name: str, digest: list[str], sets: tuple[Examples, Examples], config: EvaluateConfig
-) -> str:
+def _cell(subject: Subject, name: str, sets: tuple[Examples, Examples], config: EvaluateConfig) -> str:
     """Where the rows of one probe on one subject are kept: named by everything they depend on."""
     labels = [
         {label: hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest() for label, values in labels.items()}
@@ -150,7 +149,7 @@ def _cell(
     settings = {
         key: getattr(config, key) for key in ("train_dataset", "val_dataset", "seed", *PROBE_KEYS.get(name, ()))
     }
-    facts = [name, subject.control, subject.fingerprint, digest, labels, settings]
+    facts = [name, subject.control, subject.fingerprint, [one.digest for one in sets], labels, settings]
     facts += [str(sets[0].preprocessing), sets[0].extraction.precision]
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     return f"evaluate/cells/{name}-{subject.control or 'encoder'}-{key}.json"
@@ -159,75 +158,6 @@ def _cell(
 def _keep(folder: RunFolder, cell: str, rows: list[Row]) -> None:
     (folder.path / cell).parent.mkdir(parents=True, exist_ok=True)
     folder.write_json(cell, rows)
-
-
-def _measure(name: str, train: Examples, val: Examples, config: EvaluateConfig) -> list[Score]:
-    """One probe on one subject: fit on train, answer for val without its labels, score once."""
-    if name == "health":
-        return measure_health(train, config)
-    if name == "segmentation":
-        segmentation.check_masks(train.source, val.source)
-        answers = fit_segmentation(train, config)(val.take(np.arange(len(val.features)), labels=False))
-        maps = [segmentation.class_map(val.source, int(i), val.preprocessing) for i in val.features.indices]
-        return score(answers, torch.stack(maps).numpy(), config.seed)
-    labels = shared_labels(train.source, val.source)
-    per_label = {label: _measure_label(name, label, train, val, config) for label in labels}
-    if len(labels) == 1:
-        return per_label[labels[0]]
-    metrics = {one.metric for one in per_label[labels[0]]}.intersection(
-        *({one.metric for one in scores} for scores in per_label.values())
-    )
-    by_metric = {
-        one.metric: [other for scores in per_label.values() for other in scores if other.metric == one.metric]
-        for one in per_label[labels[0]]
-        if one.metric in metrics
-    }
-    named = [replace(one, metric=f"{label}/{one.metric}") for label, scores in per_label.items() for one in scores]
-    return [mean_score(scores, config.seed) for scores in by_metric.values()] + named
-
-
-def shared_labels(train: Source, val: Source) -> list[str]:
-    """Names of the labels both sets have; InputError when there is none."""
-    for source in (train, val):
-        if not source.labels:
-            raise InputError(
-                f"{source.spec} has no labels; give class folders, a label column, .cls files or label_file=CSV"
-            )
-    shared = [name for name in train.labels if name in val.labels]
-    if not shared:
-        has = [", ".join(source.labels) for source in (train, val)]
-        raise InputError(f"the sets share no label: the training set has {has[0]}, the validation set {has[1]}")
-    return shared
-
-
-def _measure_label(name: str, label: str, train: Examples, val: Examples, config: EvaluateConfig) -> list[Score]:
-    train_labels, val_labels = train.features.labels[label], align_labels(train.features, val.features, label)
-    known, judged = _known(train_labels), _known(val_labels)
-    if not known.any() or not judged.any():
-        empty = (train if not known.any() else val).source.spec
-        raise InputError(f"{empty}: label {label!r} is unknown for every image")
-    fitted = probe_for(name, train_labels, label)(
-        train.take(np.flatnonzero(known), labels=True), train_labels[known], config
-    )
-    answers = fitted(val.take(np.flatnonzero(judged), labels=False))
-    return score(answers, val_labels[judged], config.seed)
-
-
-def _known(labels: np.ndarray) -> np.ndarray:
-    """(n,) bool: is the label of the image known? -1 and NaN are not."""
-    if labels.dtype.kind == "f":
-        return np.isfinite(labels)
-    return labels.min(axis=1) >= 0 if labels.ndim == 2 else labels != -1
-
-
-def align_labels(train: Features, val: Features, label: str) -> np.ndarray:
-    """Validation labels (m,) in the numbering of train: by class name where both name them, UNSEEN for new names."""
-    values = val.labels[label]
-    known, names = train.class_names.get(label), val.class_names.get(label)
-    if not known or not names or known == names or values.ndim > 1:
-        return values
-    table = np.array([known.index(name) if name in known else UNSEEN for name in names], dtype=np.int64)
-    return np.where(values < 0, values, table[values.clip(0, len(names) - 1)])
 
 
 def _row(subject: Subject, name: str, one: Score, sets: tuple[Examples, Examples], config: EvaluateConfig) -> Row:

@@ -1,0 +1,95 @@
+"""One probe on one encoder and two sets: whose labels are compared how, and the means over several labels.
+
+The validation labels are taken off before a fitted probe sees the images, and used in one call of `score`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from sslvit.data.sources import Source
+from sslvit.errors import InputError
+from sslvit.probes import segmentation
+from sslvit.probes.config import EvaluateConfig
+from sslvit.probes.features import Examples, Features
+from sslvit.probes.protocols import fit_segmentation, measure_health, probe_for
+from sslvit.probes.scores import Score, mean_score, score
+
+UNKNOWN = -1  # no label: the image is left out
+UNSEEN = -2  # a class that the training set does not name: always wrong
+
+
+def measure(name: str, train: Examples, val: Examples, config: EvaluateConfig) -> list[Score]:
+    """The numbers of probe `name`: fitted on `train`, answering for `val` without its labels, scored once.
+
+    With several labels, each metric's mean over them comes first, then each by label.
+    """
+    if name == "health":
+        return measure_health(train, config)
+    if name == "segmentation":
+        return _measure_masks(train, val, config)
+    labels = shared_labels(train.source, val.source)
+    per_label = {label: _measure_label(name, label, train, val, config) for label in labels}
+    if len(labels) == 1:
+        return per_label[labels[0]]
+    by_metric: dict[str, list[Score]] = {}
+    for one in (one for scores in per_label.values() for one in scores):
+        by_metric.setdefault(one.metric, []).append(one)
+    means = [mean_score(scores, config.seed) for scores in by_metric.values() if len(scores) == len(labels)]
+    return means + [
+        replace(one, metric=f"{label}/{one.metric}") for label, scores in per_label.items() for one in scores
+    ]
+
+
+def _measure_masks(train: Examples, val: Examples, config: EvaluateConfig) -> list[Score]:
+    segmentation.check_masks(train.source, val.source)
+    answers = fit_segmentation(train, config)(val.take(np.arange(len(val.features)), labels=False))
+    maps = [segmentation.class_map(val.source, int(i), val.preprocessing) for i in val.features.indices]
+    return score(answers, torch.stack(maps).numpy(), config.seed)
+
+
+def shared_labels(train: Source, val: Source) -> list[str]:
+    """Names of the labels both sets have; InputError when there is none."""
+    for source in (train, val):
+        if not source.labels:
+            raise InputError(
+                f"{source.spec} has no labels; give class folders, a label column, .cls files or label_file=CSV"
+            )
+    shared = [name for name in train.labels if name in val.labels]
+    if not shared:
+        has = [", ".join(source.labels) for source in (train, val)]
+        raise InputError(f"the sets share no label: the training set has {has[0]}, the validation set {has[1]}")
+    return shared
+
+
+def _measure_label(name: str, label: str, train: Examples, val: Examples, config: EvaluateConfig) -> list[Score]:
+    train_labels, val_labels = train.features.labels[label], align_labels(train.features, val.features, label)
+    known, judged = _known(train_labels), _known(val_labels)
+    if not known.any() or not judged.any():
+        empty = (train if not known.any() else val).source.spec
+        raise InputError(f"{empty}: label {label!r} is unknown for every image")
+    fitted = probe_for(name, train_labels, label)(
+        train.take(np.flatnonzero(known), labels=True), train_labels[known], config
+    )
+    answers = fitted(val.take(np.flatnonzero(judged), labels=False))
+    return score(answers, val_labels[judged], config.seed)
+
+
+def _known(labels: np.ndarray) -> np.ndarray:
+    """(n,) bool: is the label of the image known?"""
+    if labels.dtype.kind == "f":
+        return np.isfinite(labels)
+    return labels.min(axis=1) >= 0 if labels.ndim == 2 else labels != UNKNOWN
+
+
+def align_labels(train: Features, val: Features, label: str) -> np.ndarray:
+    """Validation labels (m,) in the numbering of train: by class name where both name them, UNSEEN for new names."""
+    values = val.labels[label]
+    known, names = train.class_names.get(label), val.class_names.get(label)
+    if not known or not names or known == names or values.ndim > 1:
+        return values
+    table = np.array([known.index(name) if name in known else UNSEEN for name in names], dtype=np.int64)
+    return np.where(values < 0, values, table[values.clip(0, len(names) - 1)])
