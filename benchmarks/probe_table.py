@@ -303,8 +303,8 @@ def plot(rows: list[dict], file: Path) -> None:
                     axis.plot([100 * min(lows), 100 * max(highs)], [place, place], color="black", linewidth=1)
             axis.set_title(f"{metric}, {data} (%)", fontsize=9)
             axis.set_yticks(range(len(encoders)), encoders, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(file, dpi=120, metadata={"Software": None})
+    figure.subplots_adjust(hspace=0.6)
+    figure.savefig(file, dpi=120, bbox_inches="tight", metadata={"Software": None})
     pyplot.close(figure)
 
 

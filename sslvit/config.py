@@ -22,7 +22,7 @@ from sslvit.data.config import CropsConfig, PhotometryConfig
 from sslvit.encoder.config import EncoderConfig
 from sslvit.errors import InputError
 from sslvit.objectives.config import DinoConfig, IbotConfig, KoleoConfig, MaeConfig
-from sslvit.probes.config import EvaluateConfig, KnnMonitorConfig
+from sslvit.probes.config import EvaluateConfig, KnnMonitorConfig, check_evaluate
 from sslvit.vlm.config import LanguageConfig, LoraConfig, StageConfig
 
 __all__ = [
@@ -477,6 +477,8 @@ def check_config(config: PretrainConfig | AlignConfig | EvaluateConfig) -> None:
     _check_ranges("", config)
     if isinstance(config, PretrainConfig):
         _check_pretrain(config)
+    if isinstance(config, EvaluateConfig):
+        check_evaluate(config)
 
 
 def _as_given(config: Any, key: str) -> str:

@@ -20,7 +20,6 @@ from sslvit.config import EvaluateConfig, check_config, load_config
 from sslvit.data.sources import Source, open_source
 from sslvit.encoder.config import Preprocessing
 from sslvit.encoder.weights import LoadedEncoder, load_encoder, random_like
-from sslvit.probes.config import check_evaluate
 from sslvit.probes.features import (
     PIXEL_SIZE,
     Examples,
@@ -68,7 +67,6 @@ def evaluate(*, config_file: str | Path | None = None, output_dir: str | Path | 
             keys[key] = [part.strip() for part in keys[key].split(",") if part.strip()]
     config = load_config(EvaluateConfig, config_file, keys)
     check_config(config)
-    check_evaluate(config)
     path = Path(output_dir or default_output_dir("evaluate", config.encoder))
     train, val = _open(config.train_dataset, config), _open(config.val_dataset, config)
     with RunFolder.open(path, "evaluate", config, free_keys=["*"], overwrite=config.overwrite) as folder:
