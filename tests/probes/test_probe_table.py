@@ -1,0 +1,95 @@
+"""The benchmark scripts `linear_probe.py` and `knn.py`: their table, their files, and that they go on."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from sslvit.errors import InputError
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+ENCODER = "vit_tiny_patch16_224?pretrained=false&img_size=32&patch_size=8&depth=2&embed_dim=24&num_heads=2"
+DATA = "sc=scenes:?n=30&size=32&objects=1&label=shape,scenes:?n=12&size=32&objects=1&label=shape&split=val"
+
+
+@pytest.fixture
+def table(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.delitem(sys.modules, "probe_table", raising=False)
+    import probe_table
+
+    monkeypatch.delenv("SSLVIT_CACHE")
+    monkeypatch.setenv("SSLVIT_CACHE", "")
+    return probe_table
+
+
+def run(table, out, *more, encoders=(ENCODER, ENCODER + "&seed=1")):
+    arguments = ["--encoders", *encoders, "--datasets", DATA, "--output-dir", str(out), "--json", str(out / "all.json")]
+    return table.main(["knn"], "test", [*arguments, "--set", "num_workers=0", *more])
+
+
+def test_table_files_and_going_on(table, tmp_path, monkeypatch, capsys):
+    assert run(table, tmp_path, "--seeds", "0", "1") == 0
+    rows = json.loads((tmp_path / "all.json").read_text())
+    assert len({(r["name"], r["data"], r["seed"]) for r in rows}) == len(rows)
+    assert {r["data"] for r in rows} == {"sc"} and {r["seed"] for r in rows} == {0, 1}
+    assert sum(r["name"] == "pixels/knn/top1" for r in rows) == 2  # once per seed, not per encoder
+    text = (tmp_path / "table.md").read_text()
+    assert text in capsys.readouterr().out
+    assert text.count("| knn/top1 |") == 5 and "(2 seeds)" in text and "k-NN (DINO)" in text
+    with open(tmp_path / "table.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == len(rows)
+    assert (tmp_path / "table.png").stat().st_size > 1000
+    monkeypatch.setattr("sslvit.verbs.evaluate.measure", lambda *_: pytest.fail("measured again"))
+    assert run(table, tmp_path, "--seeds", "0", "1") == 0
+    assert json.loads((tmp_path / "all.json").read_text()) == rows
+
+
+def test_a_cell_that_fails_is_named_and_the_others_stand(table, tmp_path, capsys):
+    assert run(table, tmp_path, encoders=[ENCODER, "/nowhere"]) == 2
+    assert "nowhere on sc" in capsys.readouterr().err
+    assert json.loads((tmp_path / "all.json").read_text())
+
+
+def test_finished_cells_are_known_by_their_keys(table, tmp_path):
+    assert run(table, tmp_path, encoders=[ENCODER]) == 0
+
+    def cells(*more):
+        arguments = ["--encoders", ENCODER, "--datasets", DATA, "--output-dir", str(tmp_path), *more]
+        return table.plan(table._parse(["knn"], "test", arguments))
+
+    assert [cell.finished for cell in cells("--set", "num_workers=0")] == [True]
+    assert [cell.finished for cell in cells("--set", "num_workers=3")] == [True]
+    assert [cell.finished for cell in cells("--set", "num_images=5")] == [False]
+    assert [cell.finished for cell in cells("--seeds", "0", "7")] == [True, False]
+
+
+def test_a_cell_as_a_command_has_the_same_keys(table, tmp_path):
+    from sslvit.commands import parse
+    from sslvit.config import EvaluateConfig, load_config
+
+    arguments = ["--encoders", ENCODER, "--datasets", DATA, "--output-dir", str(tmp_path), "--quick"]
+    (cell,) = table.plan(table._parse(["linear"], "test", arguments))
+    parsed = parse(table.command(cell))
+    keys = {key: value for key, value in parsed.arguments.items() if key not in ("config_file", "output_dir")}
+    assert load_config(EvaluateConfig, None, keys) == load_config(EvaluateConfig, None, cell.keys)
+    assert parsed.output_dir == cell.folder
+
+
+def test_data_sets_and_names(table):
+    assert table.split_dataset("a=x,y") == ("a", "x", "y")
+    assert table.split_dataset("a=x?label=p,q;y") == ("a", "x?label=p,q", "y")
+    for wrong in ("x,y", "a=x", "a=x,y,z", "a b=x,y", "a=,y"):
+        with pytest.raises(InputError, match="NAME=TRAIN,VAL"):
+            table.split_dataset(wrong)
+    assert table.short_names(["runs/a", "runs/b/"]) == ["a", "b"]
+    assert table.short_names(["one/run", "two/run"]) == ["one-run", "two-run"]
+    with pytest.raises(InputError, match="twice"):
+        table.short_names(["runs/a", "runs/a"])
+
+
+def test_unknown_keys_are_refused_before_anything_runs(table, tmp_path, capsys):
+    assert run(table, tmp_path, "--set", "num_imagges=5") == 2
+    assert "num_images" in capsys.readouterr().err
