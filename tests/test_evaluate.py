@@ -256,3 +256,20 @@ def test_real_images(tmp_path, real_data):
     rows = by_name(evaluate(tmp_path, train, val, num_images=1000, controls="pixels", image_size=32))
     assert 0.12 < rows["knn/top1"]["value"] < 0.4
     assert 0.15 < rows["knn/pixels/top1"]["value"] < 0.4
+
+
+def test_a_guest_in_a_run_folder_leaves_the_run_alone(tmp_path):
+    from sslvit.config import PretrainConfig
+    from sslvit.run_folder import RunFolder, add_results
+
+    config = PretrainConfig(data=TRAIN)
+    with RunFolder.open(tmp_path / "out", "pretrain", config) as folder:
+        add_results(folder.path, [{"name": "loss", "value": 1.0, "data": TRAIN, "seed": 0}])
+        before = (folder.path / "config.yaml").read_text()
+        evaluate(tmp_path)  # also while the run goes on
+    assert (tmp_path / "out" / "config.yaml").read_text() == before
+    names = {row["name"] for row in json.loads((tmp_path / "out" / "results.json").read_text())}
+    assert {"loss", "knn/top1"} <= names
+    evaluate(tmp_path, overwrite=True)
+    with RunFolder.open(tmp_path / "out", "pretrain", config):
+        pass
