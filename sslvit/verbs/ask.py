@@ -17,7 +17,7 @@ from PIL import Image
 from sslvit.data.decode import BadImage, decode
 from sslvit.errors import InputError
 from sslvit.run_folder import write_atomically
-from sslvit.vlm.folder import OpenFolder, answer, open_folder
+from sslvit.vlm.folder import OpenFolder, answer, channels_of, open_folder
 
 BATCH_SIZE = 16
 
@@ -107,9 +107,8 @@ def open_image(path: Path, folder: OpenFolder) -> Image.Image:
     """An image as the folder's processor takes it: EXIF turned, as many channels as it was trained on."""
     if not path.is_file():
         raise BadImage("no such file")
-    channels = len(folder.processor.image_processor.image_mean)
-    pixels = decode(path.read_bytes(), channels=channels)
-    return Image.fromarray(pixels.squeeze(-1) if channels == 1 else pixels)
+    pixels = decode(path.read_bytes(), channels=channels_of(folder))
+    return Image.fromarray(pixels.squeeze(-1) if pixels.shape[2] == 1 else pixels)
 
 
 def _open(vlm: str | Path) -> OpenFolder:

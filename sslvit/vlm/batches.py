@@ -7,7 +7,9 @@ the cursor counts images. No augmentation: a turn says where things are. Not the
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +28,7 @@ from sslvit.vlm.chat import Chat
 
 IN_MEMORY = 3 * 2**29  # bytes of images, or of frozen image tokens, that are kept
 ORDER, TURNS = 0, 1  # views of the keyed generator
+CAPTION = "caption"
 CHUNK = 64  # images the encoder reads at once where it is frozen
 
 
@@ -83,20 +86,21 @@ class PairBatch:
         return PairBatch(images, tokens, self.blocks.to(device))
 
 
-def draw_turns(turns: Sequence[Turn], num_turns: int, generator: np.random.Generator) -> list[Turn]:
-    """At most `num_turns` of an image's turns, in turn from each family, so that rare families are asked as often."""
-    order = generator.permutation(len(turns))
-    if len(turns) <= num_turns:
-        return [turns[i] for i in order]
+def draw_turns(
+    turns: Sequence[Turn], num_turns: int, generator: np.random.Generator, num_captions: int = 1
+) -> list[Turn]:
+    """At most `num_turns` of an image's turns: `num_captions` captions, then one of each other family in rounds.
+
+    So rare families are asked about as often as common ones. Where one kind runs out, the other fills up.
+    """
     families: dict[str, list[Turn]] = {}
-    for i in order:
+    for i in generator.permutation(len(turns)):
         families.setdefault(turns[i].family, []).append(turns[i])
-    drawn: list[Turn] = []
-    for depth in range(len(turns)):
-        for members in families.values():
-            if depth < len(members) and len(drawn) < num_turns:
-                drawn.append(members[depth])
-    return drawn
+    captions = families.pop(CAPTION, [])
+    rounds = itertools.zip_longest(*families.values())
+    questions = [turn for taken in rounds for turn in taken if turn is not None]
+    drawn = [*captions[:num_captions], *questions, *captions[num_captions:]]
+    return drawn[:num_turns]
 
 
 def tokenize(turns: Sequence[Turn], chat: Chat) -> list[TokenTurn]:
@@ -121,6 +125,7 @@ class PairBatches:
         *,
         batch_size: int,
         num_turns: int,
+        num_captions: int = 1,
         max_tokens: int,
         seed: int,
         see: str,
@@ -132,7 +137,8 @@ class PairBatches:
         if batch_size % world:
             raise InputError(f"batch_size={batch_size} is not divisible by the {world} processes; change either")
         self.images, self.chat, self.encode, self.see, self.whole = images, chat, encode, see, whole
-        self.batch_size, self.num_turns, self.max_tokens, self.seed = batch_size, num_turns, max_tokens, seed
+        self.batch_size, self.num_turns, self.num_captions = batch_size, num_turns, num_captions
+        self.max_tokens, self.seed = max_tokens, seed
         self.cursor = 0
         self._tokens: Tensor | None = None
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
@@ -142,10 +148,15 @@ class PairBatches:
         self.cursor = cursor
 
     def __iter__(self) -> Iterator[tuple[PairBatch, int]]:
-        while True:
-            batch = self._batch(range(self.cursor, self.cursor + self.batch_size))
-            self.cursor += self.batch_size
-            yield batch, self.cursor
+        """One batch is made ahead, in a thread, while the last one is computed with."""
+        with ThreadPoolExecutor(1) as ahead:
+            after = self.cursor + self.batch_size
+            coming = ahead.submit(self._batch, range(self.cursor, after))
+            while True:
+                batch, cursor = coming.result(), after
+                after += self.batch_size
+                coming = ahead.submit(self._batch, range(cursor, after))
+                yield batch, cursor
 
     def _batch(self, places: range) -> PairBatch:
         share = self.batch_size // distributed.world_size()
@@ -171,7 +182,8 @@ class PairBatches:
 
     def _turns(self, epoch: int, number: int) -> list[TokenTurn]:
         """The turns of one image in one epoch, without those that are too long for the language model."""
-        turns = draw_turns(self.images.pairs.turns(number), self.num_turns, rng(self.seed, epoch, number, TURNS))
+        generator = rng(self.seed, epoch, number, TURNS)
+        turns = draw_turns(self.images.pairs.turns(number), self.num_turns, generator, self.num_captions)
         return [t for t in tokenize(turns, self.chat) if len(t.prompt) + len(t.answer) <= self.max_tokens]
 
     def _frozen_tokens(self) -> Tensor:

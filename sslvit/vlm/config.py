@@ -18,6 +18,7 @@ class StageConfig:
     warmup: float = 0.03  # share of the stage
     clip_norm: float = 1.0
     num_turns: int = 8  # at most this many question-answer pairs per image and step, each blind to the others
+    num_captions: int = 2  # so many of them are captions, where an image has both captions and questions
 
 
 @dataclass

@@ -58,7 +58,9 @@ def find_vlm(path: str | Path) -> Path:
 def open_folder(path: str | Path, device: str | torch.device = "cpu") -> OpenFolder:
     """Opens a folder with transformers' auto classes, in fp32 and ready to answer."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     folder = find_vlm(path)
     try:
         processor = AutoProcessor.from_pretrained(str(folder))
@@ -68,6 +70,11 @@ def open_folder(path: str | Path, device: str | torch.device = "cpu") -> OpenFol
         raise InputError(f"{folder}: transformers cannot open it ({reason})") from error
     processor.tokenizer.padding_side = "left"
     return OpenFolder(model.to(device).eval(), processor)
+
+
+def channels_of(vlm: OpenFolder) -> int:
+    """How many channels the folder's images have."""
+    return len(vlm.processor.image_processor.image_mean)
 
 
 def prompt_of(vlm: OpenFolder, question: str) -> str:
@@ -111,8 +118,14 @@ def answer_stream(vlm: OpenFolder, image: Image.Image, question: str, max_new_to
 
     inputs = inputs_of(vlm, [image], [question])
     streamer = TextIteratorStreamer(vlm.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    settings = {**inputs, "max_new_tokens": max_new_tokens, "do_sample": False, "streamer": streamer}
-    Thread(target=vlm.model.generate, kwargs=settings, daemon=True).start()
+
+    def work() -> None:
+        try:
+            vlm.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
+        finally:
+            streamer.end()  # also when generating failed: the reader must not wait for ever
+
+    Thread(target=work, daemon=True).start()
     yield from streamer
 
 

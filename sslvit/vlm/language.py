@@ -136,7 +136,9 @@ def given_language(path: str, lora: LoraConfig | None, seed: int) -> Language:
     when the model's weights do not have the `model.` / `lm_head.` layout that a LLaVA folder needs.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
         lm = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")

@@ -20,14 +20,13 @@ from sslvit.data.crops import rng
 from sslvit.data.pairs import CAPTION_PROMPT, FAMILY_ORDER
 from sslvit.data.turns import Turn
 from sslvit.vlm.answer import greedy
-from sslvit.vlm.batches import PairImages, draw_turns, tokenize
+from sslvit.vlm.batches import CAPTION, PairImages, draw_turns, tokenize
 from sslvit.vlm.blocks import lay_out
 from sslvit.vlm.chat import Chat
 from sslvit.vlm.model import VisionLanguage
 from sslvit.vlm.score import bleu4_interval, bleu_statistics, cider_d, mean_interval, same_answer
 from sslvit.vlm.stages import encoded, longest_text
 
-CAPTION = "caption"
 FREE = (CAPTION, "conversation")  # families without one right wording: they count for nats, not for accuracy
 QUESTIONS = 8  # of an image, besides its captions
 CHUNK = 64  # images at once

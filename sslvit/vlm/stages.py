@@ -104,7 +104,7 @@ def run_stage(
     train(
         stage,
         batches,
-        optimizer=adamw(_groups(model, config), lr=1.0, betas=(0.9, 0.99)),
+        optimizer=adamw(_groups(model, config), lr=_highest_rate(config), betas=(0.9, 0.99)),
         schedule=StageSchedule(config),
         steps=config.steps,
         clip_norm=config.clip_norm,
@@ -129,17 +129,18 @@ def adapters_of(lm: nn.Module) -> nn.ModuleDict:
 
 
 class StageSchedule:
-    """Warm-up, then cosine to a tenth: a factor on the peak of each part (its groups' lr_scale)."""
+    """Warm-up, then cosine to a hundredth, of the highest rate; the other parts' groups hold their share of it."""
 
     def __init__(self, config: StageConfig):
         assert config.steps
+        self.peak = _highest_rate(config)
         self.steps, self.weight_decay = config.steps, config.weight_decay
         self.warmup_steps = min(round(config.warmup * config.steps), config.steps - 1)
 
     def __call__(self, step: int) -> dict[str, float]:
         """{"lr", "weight_decay"} of a step counted from 0."""
         return {
-            "lr": cosine(step, self.steps, 1.0, 0.1, warmup_steps=self.warmup_steps),
+            "lr": cosine(step, self.steps, self.peak, 0.01 * self.peak, warmup_steps=self.warmup_steps),
             "weight_decay": self.weight_decay,
         }
 
@@ -168,6 +169,7 @@ def make_batches(
         chat,
         batch_size=config.batch_size,
         num_turns=config.num_turns,
+        num_captions=config.num_captions,
         max_tokens=room,
         seed=runtime.seed,
         see=see,
@@ -227,8 +229,12 @@ def _prepare(model: VisionLanguage, config: StageConfig, device: torch.device) -
     return learns
 
 
+def _highest_rate(config: StageConfig) -> float:
+    return max(config.encoder_lr, config.connector_lr, config.lm_lr)
+
+
 def _groups(model: VisionLanguage, config: StageConfig) -> list[dict]:
-    """Parameter groups of the parts that learn; each part's peak rate is its groups' lr_scale."""
+    """Parameter groups of the parts that learn; lr_scale is a part's share of the highest rate."""
     groups = []
     for name, rate in (("encoder", config.encoder_lr), ("connector", config.connector_lr), ("lm", config.lm_lr)):
         part = getattr(model, name)
@@ -236,5 +242,5 @@ def _groups(model: VisionLanguage, config: StageConfig) -> list[dict]:
             continue
         for group in param_groups(part, config.weight_decay):
             named = [(f"{name}.{n}", parameter) for n, parameter in group["params"]]
-            groups.append({**group, "params": named, "lr_scale": rate * group["lr_scale"]})
+            groups.append({**group, "params": named, "lr_scale": rate / _highest_rate(config) * group["lr_scale"]})
     return groups

@@ -84,6 +84,20 @@ def test_turns_come_from_all_families_alike():
     assert six == {"count": 3, "relation": 2, "caption": 1}
 
 
+def test_captions_are_so_many_where_there_are_questions_too():
+    captions = [Turn("d", f"a{i}", "caption") for i in range(5)]
+    turns = [*captions, *(Turn(f"c{i}", "a", "count") for i in range(4))]
+
+    def drawn(turns, num_turns, num_captions):
+        chosen = draw_turns(turns, num_turns, np.random.default_rng(0), num_captions)
+        return Counter(t.family for t in chosen)
+
+    assert drawn(turns, 5, 2) == {"caption": 2, "count": 3}
+    assert drawn(turns, 8, 2) == {"caption": 4, "count": 4}, "when questions run out, captions fill up"
+    assert drawn(captions, 3, 1) == {"caption": 3}
+    assert drawn(turns, 3, 0) == {"count": 3}
+
+
 def test_too_long_turns_are_left_out(tmp_path):
     long = take(stream(tmp_path, max_tokens=25, num_turns=20), 1)[0][0]
     lengths = [(long.blocks.turn[0] == t).sum().item() for t in range(int(long.blocks.turn[0].max()) + 1)]
