@@ -14,7 +14,7 @@ from sslvit.data.sources import Source
 from sslvit.errors import InputError
 from sslvit.probes import segmentation
 from sslvit.probes.config import EvaluateConfig
-from sslvit.probes.features import Examples, Features
+from sslvit.probes.features import Examples
 from sslvit.probes.protocols import fit_segmentation, measure_health, probe_for
 from sslvit.probes.scores import Score, mean_score, score
 
@@ -66,8 +66,9 @@ def shared_labels(train: Source, val: Source) -> list[str]:
 
 
 def _measure_label(name: str, label: str, train: Examples, val: Examples, config: EvaluateConfig) -> list[Score]:
-    train_labels, val_labels = train.features.labels[label], align_labels(train.features, val.features, label)
-    known, judged = _known(train_labels), _known(val_labels)
+    train_labels, names = train.features.labels[label], [one.source.class_names.get(label) for one in (val, train)]
+    val_labels = align_labels(val.features.labels[label], *names)
+    known, judged = is_known(train_labels), is_known(val_labels)
     if not known.any() or not judged.any():
         empty = (train if not known.any() else val).source.spec
         raise InputError(f"{empty}: label {label!r} is unknown for every image")
@@ -78,17 +79,18 @@ def _measure_label(name: str, label: str, train: Examples, val: Examples, config
     return score(answers, val_labels[judged], config.seed)
 
 
-def _known(labels: np.ndarray) -> np.ndarray:
+def is_known(labels: np.ndarray) -> np.ndarray:
     """(n,) bool: is the label of the image known?"""
     if labels.dtype.kind == "f":
         return np.isfinite(labels)
     return labels.min(axis=1) >= 0 if labels.ndim == 2 else labels != UNKNOWN
 
 
-def align_labels(train: Features, val: Features, label: str) -> np.ndarray:
-    """Validation labels (m,) in the numbering of train: by class name where both name them, UNSEEN for new names."""
-    values = val.labels[label]
-    known, names = train.class_names.get(label), val.class_names.get(label)
+def align_labels(values: np.ndarray, names: list[str] | None, known: list[str] | None) -> np.ndarray:
+    """Validation labels (m,), named by `names`, in the numbering of train's `known` names; UNSEEN for new names.
+
+    As they are where a set does not name its classes.
+    """
     if not known or not names or known == names or values.ndim > 1:
         return values
     table = np.array([known.index(name) if name in known else UNSEEN for name in names], dtype=np.int64)

@@ -13,16 +13,17 @@ from sslvit.data.loader import clean_batches
 from sslvit.data.photometry import normalize
 from sslvit.data.sources import Source
 from sslvit.encoder.config import Preprocessing
-from sslvit.encoder.vit import forward_layers
-from sslvit.probes.features import choose_indices
+from sslvit.errors import InputError
+from sslvit.probes.features import choose_indices, default_precision, forward_clean
 from sslvit.probes.health import feature_std, rankme
 from sslvit.probes.knn import knn
+from sslvit.probes.measure import align_labels, is_known
 
 
 class KnnMonitor:
     """Call it with an encoder between two steps: {"knn/top1": ..., "rankme": ..., "feature_std": ...}.
 
-    Without a validation set, or without labels in both, only health is measured.
+    Without a validation set, or without labels in both, only health is measured. precision: None is that of `evaluate`.
     """
 
     def __init__(
@@ -34,46 +35,50 @@ class KnnMonitor:
         *,
         batch_size: int = 256,
         num_workers: int = 0,
-        precision: str = "fp32",
+        precision: str | None = None,
         seed: int = 0,
     ) -> None:
         self.preprocessing, self.batch_size, self.precision = preprocessing, batch_size, precision
-        self.train, self.train_labels = _decode(train_source, preprocessing, num_images, batch_size, num_workers, seed)
+        self.train, train_labels = _decode(train_source, preprocessing, num_images, batch_size, num_workers, seed)
         self.val = self.train[:0]
-        self.val_labels: dict[str, np.ndarray] = {}
-        if val_source is not None and self.train_labels and val_source.labels:
-            self.val, self.val_labels = _decode(val_source, preprocessing, num_images, batch_size, num_workers, seed)
+        self.labels: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # of train and val, numbered alike
+        if val_source is not None and train_labels and val_source.labels:
+            self.val, labels = _decode(val_source, preprocessing, num_images, batch_size, num_workers, seed)
+            for name in [name for name in train_labels if name in labels]:
+                names = [source.class_names.get(name) for source in (val_source, train_source)]
+                self.labels[name] = train_labels[name], align_labels(labels[name], *names)
 
     def __call__(self, encoder: nn.Module, step: int) -> dict[str, float]:
         """Numbers of `encoder` as it stands at `step`; its training mode is left as it was."""
         train = self._features(encoder, self.train)
         results = {"rankme": rankme(train, seed=step), "feature_std": feature_std(train)}
-        if not np.isfinite(train).all() or len(self.val) == 0:
+        if not self.labels or not np.isfinite(train).all():
             return results
         val = self._features(encoder, self.val)
-        shared = [name for name in self.train_labels if name in self.val_labels]
-        for name in shared:
-            ranking = knn(train, self.train_labels[name], val, ks=(20,))[20]
-            results[f"knn/{name}/top1"] = float((ranking[:, 0] == self.val_labels[name]).mean())
-        if shared:
-            results = {"knn/top1": float(np.mean([results[f"knn/{name}/top1"] for name in shared])), **results}
-        if len(shared) == 1:
-            del results[f"knn/{shared[0]}/top1"]
+        accuracies = {name: _accuracy(train, val, *labels) for name, labels in self.labels.items()}
+        results = {"knn/top1": float(np.mean(list(accuracies.values()))), **results}
+        if len(accuracies) > 1:
+            results |= {f"knn/{name}/top1": accuracy for name, accuracy in accuracies.items()}
         return results
 
-    @torch.no_grad()
     def _features(self, encoder: nn.Module, images: Tensor) -> np.ndarray:
         """(n, D) float32 of uint8 images (n, C, H, W)."""
-        was_training = encoder.training
-        encoder.eval()
         device = next(encoder.parameters()).device
+        precision = self.precision or default_precision(device)
         parts = []
         for batch in images.split(self.batch_size):
             pixels = normalize(batch.to(device), self.preprocessing.mean, self.preprocessing.std)
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                parts.append(forward_layers(encoder, pixels, 1)[-1].cls.float().cpu())
-        encoder.train(was_training)
+            parts.append(forward_clean(encoder, pixels, 1, precision)[0].cls.cpu())
         return torch.cat(parts).numpy()
+
+
+def _accuracy(train: np.ndarray, val: np.ndarray, train_labels: np.ndarray, val_labels: np.ndarray) -> float:
+    """Top-1 of k-NN with k = 20 on the images whose labels are known; NaN when none is."""
+    known, judged = is_known(train_labels), is_known(val_labels)
+    if not known.any() or not judged.any() or not np.isfinite(val).all():
+        return float("nan")
+    ranking = knn(train[known], train_labels[known], val[judged], ks=(20,))[20]
+    return float((ranking[:, 0] == val_labels[judged]).mean())
 
 
 def _decode(
@@ -85,5 +90,7 @@ def _decode(
     for images, batch_indices in clean_batches(source, preprocessing, batch_size, num_workers, indices):
         batches.append(images)
         kept.append(np.asarray(batch_indices, dtype=np.int64))
+    if not kept:
+        raise InputError(f"{source.spec} has no readable image; `sslvit check-data` lists the reasons")
     index = np.concatenate(kept)
     return torch.cat(batches), {name: np.asarray(values)[index] for name, values in source.labels.items()}

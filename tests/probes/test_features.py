@@ -229,7 +229,7 @@ def test_bad_label_files_are_named(tmp_path, text, message):
 
 def test_monitor_equals_the_probe_and_reads_images_once(monkeypatch):
     train, val = open_source(SPEC), open_source(SPEC + "&split=val")
-    monitor = KnnMonitor(train, val, PREPROCESSING, num_workers=0)
+    monitor = KnnMonitor(train, val, PREPROCESSING, num_workers=0, precision="fp32")
     monkeypatch.setattr("sslvit.data.scenes.Scenes.read", lambda *_: pytest.fail("decoded again"))
     net = encoder().train()
     numbers = monitor(net, step=3)
@@ -256,6 +256,17 @@ def test_monitor_of_several_labels_and_of_none():
     alone = KnnMonitor(open_source(several), None, PREPROCESSING, 8, num_workers=0)
     assert set(alone(encoder(), 0)) == {"rankme", "feature_std"}
     assert len(alone.train) == 8
+
+
+def test_monitor_matches_classes_by_name_and_leaves_unknown_labels_out(tmp_path):
+    names = [f"train-0-{i:07d},{'ab'[i % 2]}" for i in range(24)] + [f"val-0-{i:07d},{'abc'[i % 3]}" for i in range(9)]
+    (tmp_path / "labels.csv").write_text("\n".join(["image,kind", *names]))
+    (tmp_path / "others.csv").write_text("\n".join(["image,kind", *names[24:], "z,A"]))
+    train = with_label_file(open_source(SPEC), tmp_path / "labels.csv")
+    val = with_label_file(open_source(SPEC + "&split=val"), tmp_path / "others.csv")
+    monitor = KnnMonitor(train, val, PREPROCESSING, num_workers=0)
+    assert monitor.labels["kind"][1][:10].tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, -1]
+    assert 0 <= monitor(encoder(), 0)["knn/top1"] <= 1
 
 
 def test_monitor_of_a_diverged_encoder_says_so_and_goes_on():
