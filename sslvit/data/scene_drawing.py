@@ -71,12 +71,13 @@ def _pattern(size: int, u: np.ndarray) -> np.ndarray:
     return 0.3 * _smooth_noise(size, u[_SMOOTH:])
 
 
-def _background(size: int, u: np.ndarray) -> np.ndarray:
-    """(size, size, 3) float32 in 0..255. Little colour and never quite dark or bright, so that every object stands out,
-    but its brightness differs more from image to image than an object changes it: raw pixels say little.
+def _background(size: int, u: np.ndarray, clutter: float) -> np.ndarray:
+    """(size, size, 3) float32 in 0..255. Little colour and never quite dark or bright, so that every object stands out.
+
+    At full clutter its brightness differs more from image to image than an object changes it: raw pixels say little.
     """
-    base = 255 * (0.29 + 0.38 * u[8] + 0.14 * (u[9:12] - 0.5))
-    swing = 255 * (0.05 + 0.11 * u[12]) * (1 + 0.7 * (u[13:16] - 0.5))
+    base = 255 * (0.48 + clutter * (0.38 * (u[8] - 0.5) + 0.14 * (u[9:12] - 0.5)))
+    swing = 255 * clutter * (0.05 + 0.11 * u[12]) * (1 + 0.7 * (u[13:16] - 0.5))
     ground = _pattern(size, u)[:, :, None] * swing.astype(np.float32) + base.astype(np.float32)
     return np.clip(ground, *_GROUND, out=ground)
 
@@ -99,11 +100,11 @@ def _depth(one: SceneObject, size: int, window: tuple[slice, slice]) -> np.ndarr
     return signed_distance(one.shape, cos * x + sin * y, cos * y - sin * x) * np.float32(-one.radius)
 
 
-def draw(graph: SceneGraph, key: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8 of the scene; background and noise come from its key (1,)."""
+def draw(graph: SceneGraph, key: np.ndarray, clutter: float = 1.0) -> np.ndarray:
+    """(H, W, 3) uint8 of the scene; background and noise come from its key (1,). clutter 0..1: how busy it is."""
     size = graph.image_size
     u = uniforms(key, TEXTURE, _SMOOTH + _KNOTS * _KNOTS)[0]
-    canvas = _background(size, u)
+    canvas = _background(size, u, clutter)
     for one in graph.objects:
         window = _window(one, size)
         cover = np.clip(_depth(one, size, window) + np.float32(0.5), 0, 1)[:, :, None]

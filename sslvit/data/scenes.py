@@ -1,7 +1,7 @@
 """The built-in data set: images of a few simple objects, with graph, masks, captions and questions. Works offline.
 
 `scenes:?n=512&seed=0&size=64&split=train&objects=1-3&label=shape`. Scene i depends on (seed, split, objects, i)
-alone; at another `size` it is the same scene. `val` is more of `train`, `novel` holds the combinations of shape and
+alone; at another `size` it is the same scene, and `clutter` (0 to 1) says how busy its background is. `val` is more of `train`, `novel` holds the combinations of shape and
 colour that train and val never show.
 """
 
@@ -31,7 +31,7 @@ from sslvit.errors import InputError
 
 SIZE_LIMITS = (32, 2048)
 MAX_SCENES = 10_000_000
-_DEFAULTS = {"n": "512", "seed": "0", "size": "64", "split": "train", "objects": "1-3", "label": ""}
+_DEFAULTS = {"n": "512", "seed": "0", "size": "64", "split": "train", "objects": "1-3", "label": "", "clutter": "1"}
 _CLASSES = {"shape": SHAPES, "colour": COLOUR_NAMES, "size": SIZES}
 
 
@@ -48,6 +48,7 @@ class Scenes:
         split: str = "train",
         objects: tuple[int, int] = (1, 3),
         label: tuple[str, ...] = (),
+        clutter: float = 1.0,
     ) -> None:
         self.n, self.seed, self.size, self.split, self.objects = n, seed, size, split, objects
         self._label_names = label or (tuple(_CLASSES) if objects == (1, 1) else ("count",))
@@ -55,6 +56,9 @@ class Scenes:
         low, high = objects
         count = str(low) if low == high else f"{low}-{high}"
         self.spec = f"scenes:?n={n}&seed={seed}&size={size}&split={split}&objects={count}"
+        self.clutter = clutter
+        if clutter != 1:
+            self.spec += f"&clutter={clutter:g}"
         if label:
             self.spec += f"&label={','.join(label)}"
 
@@ -78,6 +82,7 @@ class Scenes:
             _one_of("split", values["split"], SPLITS),
             _range(values["objects"]),
             label,
+            _share("clutter", values["clutter"]),
         )
 
     def __len__(self) -> int:
@@ -89,7 +94,7 @@ class Scenes:
 
     def read(self, index: int) -> np.ndarray:
         """(H, W, 3) uint8."""
-        return draw(self.graph(index), self._key(index))
+        return draw(self.graph(index), self._key(index), self.clutter)
 
     def graph(self, index: int) -> SceneGraph:
         """What scene i shows, without drawing it."""
@@ -155,6 +160,16 @@ def _number(key: str, text: str, low: int, high: int) -> int:
     if not text.isdecimal() or not low <= int(text) <= high:
         raise InputError(f"scenes: {key}={text} is not a whole number from {low} to {high}")
     return int(text)
+
+
+def _share(key: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise InputError(f"scenes: {key}={text} is not a number from 0 to 1")
+    return value
 
 
 def _one_of(key: str, text: str, known: tuple[str, ...]) -> str:
