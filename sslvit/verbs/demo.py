@@ -23,11 +23,11 @@ from sslvit.verbs.evaluate import evaluate
 from sslvit.verbs.pretrain import pretrain
 from sslvit.verbs.report import report
 
-IMAGES = "scenes:?n=20000&size=48"
-PAIRS = "scenes:?n=20000&size=48&seed=1"
-QUESTIONS = "scenes:?n=1000&size=48&split=val"
-SINGLE_TRAIN = "scenes:?n=4000&size=48&seed=2&objects=1"
-SINGLE_VAL = "scenes:?n=2000&size=48&seed=2&objects=1&split=val"
+IMAGES = "scenes:?n=20000&size=48&clutter=0.3"
+PAIRS = "scenes:?n=20000&size=48&clutter=0.3&seed=1"
+QUESTIONS = "scenes:?n=1000&size=48&clutter=0.3&split=val"
+SINGLE_TRAIN = "scenes:?n=4000&size=48&clutter=0.3&seed=2&objects=1"
+SINGLE_VAL = "scenes:?n=2000&size=48&clutter=0.3&seed=2&objects=1&split=val"
 NUM_SHOWN = 6
 
 
