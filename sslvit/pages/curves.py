@@ -37,6 +37,7 @@ TITLES = {
     "skipped": ("Skipped steps", "loss or gradient not finite"),
 }
 SPEED = ("images_per_s", "data_wait", "peak_memory_mib")
+MOST_UNPLANNED = 30  # charts of fields nobody planned for
 UNDRAWN = ("step", "stage", "seconds", "eta", "skipped", "weight_decay")
 STAGES = {"text": "Text", "connector": "Connector", "instruct": "Instruct"}
 
@@ -58,7 +59,7 @@ def pretraining_figures(rows: Sequence[Row], config: dict[str, Any], embed_dim: 
     entropies = [key for key in named if key.endswith("_entropy")]
     accuracies = [key for key in named if key.startswith("knn/")]
     planned = {*losses, *entropies, *accuracies, "loss", "lr", "grad_norm", *SPEED, *UNDRAWN}
-    health = [key for key in named if key not in planned]
+    health = [key for key in named if key not in planned][:MOST_UNPLANNED]
     figures = [
         *([] if len(losses) == 1 and _same(rows, losses[0]) else [_single(rows, "loss")]),
         *(_objective(rows, key, config) for key in losses),
@@ -174,9 +175,7 @@ def _health(rows: Sequence[Row], key: str, embed_dim: int | None) -> Figure | No
 def _knn(rows: Sequence[Row], fields: Sequence[str]) -> Figure | None:
     ordered = sorted(fields, key=lambda key: (key != "knn/top1", fields.index(key)))
     single = len(fields) == 1
-    named = [
-        (key, "top-1" if single else "mean" if key == "knn/top1" else key.split("/")[1]) for key in ordered
-    ]
+    named = [(key, "top-1" if single else "mean" if key == "knn/top1" else key.split("/")[1]) for key in ordered]
     start = series(rows, "knn/top1")
     levels = [Level(start[1][0], "at step 0")] if start[0] and start[0][0] == 0 and len(start[0]) > 1 else []
     note = "top-1 on clean images, k = 20"

@@ -6,16 +6,18 @@ colours, MAE's guesses, nearest neighbours. What cannot be made leaves a sentenc
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from sslvit.checkpoint import checkpoint_path
 from sslvit.config import PretrainConfig, load_config
 from sslvit.data.bad_files import BadImage
 from sslvit.data.crops import eval_transform, make_views, min_side
@@ -25,8 +27,9 @@ from sslvit.data.sources import Source, open_source
 from sslvit.encoder.vit import class_attention_maps, forward_tokens, patch_grid
 from sslvit.encoder.weights import LoadedEncoder, load_encoder
 from sslvit.errors import InputError
+from sslvit.objectives.mae import Mae
 from sslvit.pages.patch_colours import patch_colours
-from sslvit.pages.reconstructions import as_pictures, open_mae, reconstruct
+from sslvit.pages.reconstructions import open_mae, reconstruct
 from sslvit.pages.run_record import RunRecord
 from sslvit.probes.features import choose_indices
 from sslvit.probes.knn import nearest
@@ -34,6 +37,7 @@ from sslvit.probes.knn import nearest
 NUM_CROPPED, NUM_ATTENDED, NUM_COLOURED, NUM_RECONSTRUCTED = 6, 6, 8, 6
 NUM_QUERIES, NUM_NEIGHBOURS = 6, 5
 NUM_LOCAL_SHOWN, NUM_HEADS_SHOWN = 6, 12
+THUMBNAIL = 112  # px
 GALLERY = (32, 512)  # images among which neighbours are looked for: at least, at most
 GALLERY_SECONDS = 5.0
 BATCH = 16
@@ -72,6 +76,7 @@ class Pictures:
     thumbnails: dict[str, Picture] = field(default_factory=dict)  # image name -> what was asked about
     gallery: int = 0  # images among which neighbours were looked for
     embed_dim: int | None = None
+    class_token: bool = True
     missing: dict[str, str] = field(default_factory=dict)
 
 
@@ -125,7 +130,7 @@ def encoder_and_data(record: RunRecord) -> tuple[str, str] | None:
 def _describe(encoder: LoadedEncoder, pictures: Pictures) -> None:
     module, size = encoder.module, encoder.preprocessing.image_size
     millions = sum(parameter.numel() for parameter in module.parameters()) / 1e6
-    pictures.embed_dim = module.embed_dim
+    pictures.embed_dim, pictures.class_token = module.embed_dim, module.cls_token is not None
     pictures.facts["encoder"] = (
         f"{encoder.architecture.name}, width {module.embed_dim}, {len(module.blocks)} blocks, "
         f"{millions:.1f} M parameters, patches of {module.patch_embed.patch_size[0]} px at {size} px"
@@ -146,9 +151,14 @@ def _look(encoder: LoadedEncoder, data: str, record: RunRecord, pictures: Pictur
         pictures.missing["data"] = f"No pictures: none of the images of {data} that were tried can be read."
         return
     config = pretrain_config(record)
-    if config is not None:
-        pictures.crops = crop_strips(sample, config, encoder)
-        pictures.reconstructions = reconstruction_strips(sample, config, record.path, encoder)
+    if config is not None and encoder.step is not None:
+        pictures.crops = crop_strips(sample, config)
+        try:
+            opened = open_mae(checkpoint_path(record.path / "checkpoints", encoder.step), config)
+        except DATA_ERRORS as error:
+            pictures.missing["reconstructions"] = f"No reconstructions: {one_line(error)}."
+        else:
+            pictures.reconstructions = [] if opened is None else reconstruction_strips(sample, *opened, encoder)
     try:
         pictures.attention = attention_strips(sample, encoder)
     except InputError as error:
@@ -193,7 +203,7 @@ def normal(images: Tensor, encoder: LoadedEncoder) -> Tensor:
     return normalize(images, encoder.preprocessing.mean, encoder.preprocessing.std)
 
 
-def crop_strips(sample: Sample, config: PretrainConfig, encoder: LoadedEncoder) -> list[Strip]:
+def crop_strips(sample: Sample, config: PretrainConfig) -> list[Strip]:
     """Each image, then its global and local views with colours as in training (epoch 0)."""
     strips = []
     size = config.encoder.image_size
@@ -211,8 +221,7 @@ def crop_strips(sample: Sample, config: PretrainConfig, encoder: LoadedEncoder) 
                 coloured = apply(crops, rows, (0.0,) * channels, (1.0,) * channels).mul(255).round().to(torch.uint8)
                 name = sample.name(i)
                 others += [Picture(p, f"{kind} view of {name}", kind) for p in as_pictures(coloured)]
-        original = as_pictures(torch.from_numpy(image).permute(2, 0, 1)[None])[0]
-        strips.append(Strip(Picture(original, f"image {sample.name(i)}", "image"), others))
+        strips.append(Strip(Picture(rgb(image), f"image {sample.name(i)}", "image"), others))
     return strips
 
 
@@ -266,13 +275,10 @@ def colour_strips(sample: Sample, encoder: LoadedEncoder) -> list[Strip]:
     ]
 
 
-def reconstruction_strips(sample: Sample, config: PretrainConfig, run: Path, encoder: LoadedEncoder) -> list[Strip]:
-    """Each image, what the student saw of it, and the decoder's guess; none without a decoder in the checkpoint."""
-    opened = open_mae(run, config)
-    if opened is None:
-        return []
+def reconstruction_strips(sample: Sample, student: VisionTransformer, mae: Mae, encoder: LoadedEncoder) -> list[Strip]:
+    """Each image, what the student saw of it, and the decoder's guess."""
     images = sample.images[:NUM_RECONSTRUCTED]
-    visible, guessed = (as_pictures(p) for p in reconstruct(*opened, images, encoder.preprocessing, SEED))
+    visible, guessed = (as_pictures(p) for p in reconstruct(student, mae, images, encoder.preprocessing, SEED))
     return [
         Strip(
             Picture(picture, f"image {sample.name(i)}"),
@@ -351,18 +357,24 @@ def _thumbnails(record: RunRecord, asked: Sequence[str], pictures: Pictures) -> 
         return
     try:
         source = open_source(spec)
-        wanted = set(asked)
-        for place in range(len(source)):
-            name = source.name(place)
-            if name in wanted:
-                wanted.discard(name)
-                pixels = decode(source.read(place), channels=None, min_side=224)
-                image = as_pictures(torch.from_numpy(shrunk(pixels, 224)).permute(2, 0, 1)[None])[0]
-                pictures.thumbnails[name] = Picture(image, f"image {printable(name)}")
-            if not wanted:
-                break
     except DATA_ERRORS as error:
         pictures.missing["asked"] = f"No images: {spec} cannot be opened any more ({one_line(error)})."
+        return
+    wanted = set(asked)
+    for place in range(len(source)):
+        name = source.name(place)
+        if name in wanted:
+            wanted.discard(name)
+            with contextlib.suppress(*DATA_ERRORS):
+                pictures.thumbnails[name] = thumbnail(source, place)
+        if not wanted:
+            return
+
+
+def thumbnail(source: Source, place: int) -> Picture:
+    """One image, not much larger than the page shows it; raises BadImage or OSError."""
+    pixels = shrunk(decode(source.read(place), channels=None, min_side=2 * THUMBNAIL), THUMBNAIL)
+    return Picture(rgb(pixels), f"image {printable(source.name(place))}")
 
 
 def pairs_spec(record: RunRecord) -> str | None:
@@ -371,6 +383,17 @@ def pairs_spec(record: RunRecord) -> str | None:
     align = record.config("align")
     specs = [*(row.get("data") for row in rows), align.get("val_data"), align.get("data")]
     return next((str(spec) for spec in specs if spec), None)
+
+
+def as_pictures(images: Tensor) -> list[np.ndarray]:
+    """uint8 (B, C, H, W) to (H, W, 3) each."""
+    return [rgb(image.permute(1, 2, 0).numpy()) for image in images]
+
+
+def rgb(image: np.ndarray) -> np.ndarray:
+    """(H, W, C) to (H, W, 3): one channel, or the first of two, as grey; of more than three the first three."""
+    shown = image[:, :, :3] if image.shape[2] >= 3 else np.repeat(image[:, :, :1], 3, axis=2)
+    return np.ascontiguousarray(shown)
 
 
 def printable(text: str) -> str:

@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from sslvit.checkpoint import latest_checkpoint, load_checkpoint
+from sslvit.checkpoint import load_checkpoint
 from sslvit.config import PretrainConfig
 from sslvit.data.photometry import normalize
 from sslvit.encoder.config import Preprocessing
@@ -27,15 +26,14 @@ DECODER, STUDENT = "objectives.mae.", "student."
 GREY = 128  # what hides a patch
 
 
-def open_mae(run: Path, config: PretrainConfig) -> tuple[VisionTransformer, Mae] | None:
-    """Student and decoder of the newest checkpoint of a run with a resolved config; None when it has no decoder."""
-    newest = latest_checkpoint(run / "checkpoints")
-    if newest is None or config.mae is None:
+def open_mae(checkpoint: Path, config: PretrainConfig) -> tuple[VisionTransformer, Mae] | None:
+    """Student and decoder of a checkpoint of a run with a resolved config; None when it has no decoder."""
+    if config.mae is None:
         return None
-    tensors = load_checkpoint(newest, stems=["model"], verify=False)[0]["model"]
+    tensors = load_checkpoint(checkpoint, stems=["model"], verify=False)[0]["model"]
     decoder, student = _part(tensors, DECODER), _part(tensors, STUDENT)
     encoder = create_encoder(config.encoder)
-    if not decoder or student.keys() != encoder.state_dict().keys():  # another architecture, from `init`
+    if not decoder or _shapes(student) != _shapes(encoder.state_dict()):  # another architecture, from `init`
         return None
     encoder.load_state_dict(student)
     side, patch, channels = config.encoder.image_size, config.encoder.patch_size, config.encoder.in_chans
@@ -43,6 +41,10 @@ def open_mae(run: Path, config: PretrainConfig) -> tuple[VisionTransformer, Mae]
     mae = Mae(config.mae, encoder.embed_dim, patch, (side // patch, side // patch), channels, config.crops.num_global)
     mae.load_state_dict(decoder)
     return encoder.eval(), mae.eval()
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -92,9 +94,3 @@ def to_pixels(patches: Tensor, preprocessing: Preprocessing) -> Tensor:
 
 def _at(patches: Tensor, places: Tensor) -> Tensor:
     return patches.gather(1, places[..., None].expand(-1, -1, patches.shape[-1]))
-
-
-def as_pictures(images: Tensor) -> list[np.ndarray]:
-    """uint8 (B, C, H, W) to (H, W, 3) each: one channel is grey, of more than three the first three are shown."""
-    shown = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
-    return [picture.permute(1, 2, 0).contiguous().cpu().numpy() for picture in shown]

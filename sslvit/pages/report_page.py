@@ -31,9 +31,9 @@ Row = dict[str, Any]
 MAX_BYTES = 5 * 10**6
 ENCODINGS = (Encoding(192, 84), Encoding(128, 72), Encoding(72, 55), Encoding(32, 40))
 COLOURS = {"random_init": 1, "random_encoder": 1, "pixels": 2, "blind": 2, "shuffled": 3}  # the measured one is 0
-MAX_ROWS = 2000  # of the results table
+MAX_ROWS = 1500  # of the results table
 NUM_WRONG, NUM_RIGHT, NUM_CAPTIONS = 12, 8, 6
-LONG_TEXT = 20_000  # characters of a config or a list of commands
+LONG_TEXT, LONG_ANSWER = 20_000, 600  # characters shown of a config or a list of commands; of a question or answer
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ def asked_questions(predictions: Sequence[Row]) -> list[Asked]:
     """The questions to show: wrong answers first, each kind of question in turn, then right ones, then captions."""
     needed = ("question", "answer", "prediction")
     known = [row for row in predictions if all(isinstance(row.get(key), str) for key in needed)]
+    known = [row for row in known if isinstance(row.get("image", ""), str)]
     marked = [row for row in known if row.get("family") not in FREE]
     right = [row for row in marked if same_answer(row["prediction"], row["answer"])]
     wrong = [row for row in marked if not same_answer(row["prediction"], row["answer"])]
@@ -82,7 +83,7 @@ def _others(row: Row) -> list[tuple[str, str]]:
 
 def asked_images(questions: Sequence[Asked]) -> list[str]:
     """Names of the images the page wants to show beside the questions."""
-    return list(dict.fromkeys(str(asked.row["image"]) for asked in questions if "image" in asked.row))
+    return list(dict.fromkeys(asked.row["image"] for asked in questions if "image" in asked.row))
 
 
 def render(record: RunRecord, pictures: Pictures, questions: Sequence[Asked]) -> str:
@@ -139,8 +140,13 @@ def _context(record: RunRecord, pictures: Pictures, questions: Sequence[Asked], 
         "bad_files": record.bad_files,
         "verbs": [verb for verb in record.verbs.values() if verb.config_text],
         "environments": environments(record),
-        "cut": lambda text: text if len(text) <= LONG_TEXT else text[:LONG_TEXT] + "\n... (cut here)",
+        "cut": lambda text: _cut(text, LONG_TEXT, "\n... (cut here)"),
+        "brief": lambda text: _cut(text, LONG_ANSWER, " ..."),
     }
+
+
+def _cut(text: str, length: int, end: str) -> str:
+    return text if len(text) <= length else text[:length] + end
 
 
 def _finished(record: RunRecord) -> bool:

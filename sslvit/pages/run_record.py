@@ -6,7 +6,6 @@ Reads text only, imports no torch, changes nothing. Missing files are empty, bro
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from sslvit.errors import InputError
 Row = dict[str, Any]
 
 VERBS = ("demo", "pretrain", "evaluate", "align")  # a verb's record is in OUT, or in OUT/VERB as a guest of another's
+LARGEST = 1e300  # beyond it, differences overflow
 READ_BYTES = 200 * 2**20  # of a file of lines; the rest is left out
 
 
@@ -126,7 +126,7 @@ def _stages(rows: Sequence[Row]) -> dict[str, list[Row]]:
     stages: dict[str, list[Row]] = {}
     for row in rows:
         if finite(row.get("step")):
-            stages.setdefault(str(row.get("stage", "")), []).append(row)
+            stages.setdefault(str(row.get("stage") or ""), []).append(row)
     return stages
 
 
@@ -146,7 +146,7 @@ def _results(path: Path) -> list[Row]:
 
 def finite(value: Any) -> TypeGuard[int | float]:
     """Whether a value is a number that can be drawn."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST < value < LARGEST
 
 
 def series(rows: Sequence[Row], key: str) -> tuple[list[float], list[float]]:

@@ -75,7 +75,7 @@ class Scale:
 
 def tick_step(low: float, high: float, count: int) -> float:
     """The smallest of 1, 2, 2.5 or 5 times a power of ten that divides [low, high] into at most `count` parts."""
-    rough = (high - low) / count
+    rough = max((high - low) / count, 1e-300)
     power = 10.0 ** math.floor(math.log10(rough))
     return next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * (1 - 1e-9))
 
