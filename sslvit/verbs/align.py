@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,10 @@ class Workshop:
         """Images of the pairs (those to learn from, if none are named) as this encoder wants them."""
         return PairImages(self.pairs if pairs is None else pairs, encoder.preprocessing, self.bad_files)
 
+    def runtime_in(self, path: Path) -> Runtime:
+        """How steps are run for the model of `path`: a control keeps its own metrics."""
+        return self.runtime if path == self.path else replace(self.runtime, metrics=MetricsLog(path))
+
     def language(self) -> Language:
         """The given language model, or the bundled one with a tokenizer of the pairs' own words; as before training."""
         config = self.config
@@ -156,7 +160,7 @@ def train_seeing(shop: Workshop, encoder: LoadedEncoder, path: Path) -> tuple[Vi
     connector = MlpConnector(encoder.module.num_features, text.lm.config.hidden_size, shop.config.seed)
     model = VisionLanguage(copy.deepcopy(encoder.module), connector, text.lm, text.before)
     for name in ("connector", "instruct"):
-        run_stage(name, getattr(shop.config, name), model, images, chat, path / "stages" / name, shop.runtime)
+        run_stage(name, getattr(shop.config, name), model, images, chat, path / "stages" / name, shop.runtime_in(path))
     model.lm = merged(model.lm)
     return model, chat
 
@@ -165,7 +169,7 @@ def train_blind(shop: Workshop, encoder: LoadedEncoder, path: Path) -> tuple[Vis
     """The language model on the same turns for as many steps, without any image: what words alone give away."""
     images = shop.images(encoder)
     model, chat = train_text(shop, images)
-    run_stage("instruct", shop.config.instruct, model, images, chat, path / "stages" / "instruct", shop.runtime)
+    run_stage("instruct", shop.config.instruct, model, images, chat, path / "stages" / "instruct", shop.runtime_in(path))
     model.lm = merged(model.lm)
     return model, chat
 
