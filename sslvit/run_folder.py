@@ -250,8 +250,10 @@ def _record_folder(path: Path, verb: str, overwrite: bool) -> Path:
     owner = _owner(path)
     if owner in (None, verb):
         return path
-    if verb in GUESTS or owner == HOST:
+    if verb in GUESTS or (owner == HOST and not overwrite):
         return path / verb
+    if owner == HOST:
+        raise InputError(f"{path} holds a demo, whose parts cannot start over alone; choose another --output-dir")
     if overwrite:
         return path
     raise InputError(f"{path} holds a run of {owner}; choose another --output-dir, or overwrite=true to delete it")

@@ -169,7 +169,9 @@ def train_blind(shop: Workshop, encoder: LoadedEncoder, path: Path) -> tuple[Vis
     """The language model on the same turns for as many steps, without any image: what words alone give away."""
     images = shop.images(encoder)
     model, chat = train_text(shop, images)
-    run_stage("instruct", shop.config.instruct, model, images, chat, path / "stages" / "instruct", shop.runtime_in(path))
+    run_stage(
+        "instruct", shop.config.instruct, model, images, chat, path / "stages" / "instruct", shop.runtime_in(path)
+    )
     model.lm = merged(model.lm)
     return model, chat
 
