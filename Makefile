@@ -8,7 +8,7 @@ INPUTS := setup.cfg pyproject.toml $(CONSTRAINTS)
 BENCH ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types test-all test-slurm bench chaos docs clean
+.PHONY: help setup demo test lint types test-all bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,13 +35,10 @@ demo: $(VENV)/.installed-demo  ## the whole story on built-in scenes, into runs/
 	$(BIN)/sslvit demo --output-dir runs/demo
 
 test: $(VENV)/.installed-dev  ## the tests
-	$(BIN)/python -m pytest -m 'not slow and not gpu and not slurm'
+	$(BIN)/python -m pytest -m 'not slow and not gpu'
 
 test-all: $(VENV)/.installed-dev  ## the tests with the long ones
-	$(BIN)/python -m pytest -m 'not slurm' --timeout 3600
-
-test-slurm: $(VENV)/.installed-dev  ## a two-node Slurm on this machine, interrupted
-	$(BIN)/python -m pytest -m slurm --timeout 1800
+	$(BIN)/python -m pytest --timeout 3600
 
 lint: $(VENV)/.installed-dev  ## ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -51,12 +48,6 @@ types: $(VENV)/.installed-dev  ## mypy
 
 bench: $(VENV)/.installed-bench  ## the benchmarks, or one: make bench BENCH=linear_probe
 	$(BIN)/python -m benchmarks $(BENCH)
-
-chaos: $(VENV)/.installed-dev  ## the faults, as a table
-	$(BIN)/python benchmarks/chaos.py
-
-docs: $(VENV)/.installed-dev  ## check the pages: every link and every command in them
-	$(BIN)/python -m pytest tests/test_docs.py
 
 clean:  ## remove what was built, not what was trained
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

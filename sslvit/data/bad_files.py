@@ -48,8 +48,8 @@ class BadFiles:
     def add(self, name: str, reason: str) -> None:
         """Counts a bad image and writes it down if it is new.
 
-        Raises InputError when more than `max_bad_rate` of the images seen so far, at least 100, are bad; `saw` counts the
-        good ones.
+        Raises InputError when more than `max_bad_rate` of the images seen so far, at least 100, are bad; `saw`
+        counts the good ones.
         """
         with self._lock:
             self.num_seen += 1

@@ -1,8 +1,8 @@
 """The built-in data set: images of a few simple objects, with graph, masks, captions and questions. Works offline.
 
-`scenes:?n=512&seed=0&size=64&split=train&objects=1-3&label=shape`. Scene i depends on (seed, split, objects, i)
-alone; at another `size` it is the same scene, and `clutter` (0 to 1) says how busy its background is. `val` is more of `train`, `novel` holds the combinations of shape and
-colour that train and val never show.
+`scenes:?n=512&seed=0&size=64&split=train&objects=1-3&label=shape&clutter=1`. Scene i depends on (seed, split, objects,
+i) alone; at another `size` it is the same scene, and `clutter` (0 to 1) says how busy its background is. `val` is more
+of `train`, `novel` holds the combinations of shape and colour that train and val never show.
 """
 
 from __future__ import annotations

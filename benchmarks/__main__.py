@@ -1,0 +1,34 @@
+"""`python -m benchmarks [NAME]`: run one benchmark in full, or list them with what they cost (`make bench BENCH=NAME`)."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+#: What runs without further words, its cost on two cores, and its words.
+BENCHMARKS = {
+    "data": ("decode and views per core beside DINO's pipeline and torchvision", "10 minutes", []),
+    "linear_probe": ("linear probes of random encoders on the built-in scenes", "5 minutes", ["--quick"]),
+    "knn": ("k-NN of random encoders on the built-in scenes", "2 minutes", ["--quick"]),
+}
+
+
+def main(names: list[str]) -> int:
+    """List without a name; else run the script, its numbers into results/."""
+    if not names:
+        for name, (what, cost, _) in BENCHMARKS.items():
+            print(f"{name:14} {cost:12} {what}")
+        return 0
+    name = names[0]
+    if name not in BENCHMARKS:
+        print(f"no benchmark {name!r}; there are {', '.join(BENCHMARKS)}", file=sys.stderr)
+        return 2
+    what, cost, words = BENCHMARKS[name]
+    print(f"{name}: {what}; about {cost} on two cores", flush=True)
+    result = HERE / "results" / f"{name}.json"
+    return subprocess.call([sys.executable, str(HERE / f"{name}.py"), *words, "--json", str(result)])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
