@@ -1,4 +1,4 @@
-"""`python -m benchmarks [NAME]`: run one benchmark in full, or list them with what they cost (`make bench BENCH=NAME`)."""
+"""Run one benchmark in full, or list them with what they cost: `make bench BENCH=NAME`."""
 
 import subprocess
 import sys
