@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import sslvit
-from sslvit.config import PretrainConfig
+from sslvit.config import PretrainConfig, to_yaml
 from sslvit.data.loader import Views
 from sslvit.encoder.config import Preprocessing
 from sslvit.encoder.vit import forward_tokens
@@ -79,6 +79,23 @@ def test_finished_returns_at_once_and_changes_are_refused(run):
     assert digest(run) == before
     with pytest.raises(InputError, match="batch_size"):
         sslvit.pretrain(data=DATA, output_dir=run, **{**TINY, "batch_size": 4})
+
+
+def test_what_was_auto_keeps_its_value(tmp_path):
+    """A folder that grew, or another device, must not change the recipe of a run that goes on."""
+    from sslvit.verbs.pretrain import _as_begun
+
+    config = PretrainConfig(data="x", dino=DinoConfig())
+    begun, _ = resolve(config, DataFacts(10_000, 64, 3, "cpu"))
+
+    class Folder:
+        record = path = tmp_path
+
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "resolved.yaml").write_text(to_yaml(begun))
+    assert resolve(config, DataFacts(400_000, 224, 3, "cuda"))[0] != begun, "the facts alone would change it"
+    again, _ = resolve(_as_begun(config, Folder), DataFacts(400_000, 224, 3, "cuda"))
+    assert again == begun
 
 
 COMMAND = """

@@ -46,6 +46,8 @@ def demo(*, output_dir: str | Path | None = None) -> Path:
     with RunFolder.open(out, "demo", DemoConfig()) as folder:
         if folder.finished:
             print(f"{out}: finished already; delete the folder to start over")
+            if not (out / "report.html").exists():
+                report(out)
             return out
         _chapter("1. pretrain: 20,000 images without labels become an encoder")
         pretrain(

@@ -6,6 +6,7 @@ Reads top to bottom: open the data, resolve the recipe, build the module, train,
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from sslvit import distributed
-from sslvit.config import PretrainConfig, as_dict, load_config
+from sslvit.config import PretrainConfig, as_dict, check_config, load_config
 from sslvit.data.decode import BadFiles, BadImage, decode
 from sslvit.data.loader import Loader, measure_statistics
 from sslvit.data.sources import Source, open_source
@@ -39,6 +40,7 @@ def pretrain(*, config_file: str | None = None, output_dir: str | Path | None = 
     Raises InputError for anything wrong with the input, Resumable when stopped by a signal or a full disk.
     """
     config = load_config(PretrainConfig, config_file, keys, default="pretrain/auto")
+    check_config(config)
     if config.data is None:
         raise InputError("no images given; add data=SPEC, for example data=/my/images")
     path = Path(output_dir or default_output_dir("pretrain", config_file, config.data))
@@ -57,7 +59,7 @@ def _run(config: PretrainConfig, folder: RunFolder, device: torch.device) -> Non
     source = open_source(str(config.data))
     bad_files = BadFiles(folder.path / "bad_files.jsonl", max_bad_rate=config.max_bad_rate)
     facts = measure_facts(source, device.type, config.encoder.in_chans)
-    resolved, reasons = resolve(config, facts)
+    resolved, reasons = resolve(_as_begun(config, folder), facts)
     folder.write_resolved(resolved, reasons)
     preprocessing = _preprocessing(resolved, source, folder)
     module = build(resolved, preprocessing).to(device)
@@ -91,6 +93,26 @@ def _run(config: PretrainConfig, folder: RunFolder, device: torch.device) -> Non
     if distributed.is_main():
         write_run_encoders(folder.path)
         folder.finish()
+
+
+def _as_begun(config: PretrainConfig, folder: RunFolder) -> PretrainConfig:
+    """What was auto when the run began keeps its value: another device or a few more images must not change it."""
+    begun = folder.record / "resolved.yaml"
+    if not begun.exists() or not (folder.path / "checkpoints").exists():
+        return config
+    return _filled(config, load_config(PretrainConfig, begun, {}))
+
+
+def _filled(node: Any, source: Any) -> Any:
+    """A copy of the dataclass `node` in which every `None` has the value it has in `source`."""
+    values = {}
+    for field in dataclasses.fields(node):
+        own, other = getattr(node, field.name), getattr(source, field.name)
+        if dataclasses.is_dataclass(own) and other is not None:
+            values[field.name] = _filled(own, other)
+        elif own is None and field.name not in ("device", "num_workers"):
+            values[field.name] = other
+    return dataclasses.replace(node, **values)
 
 
 class Schedule:
@@ -128,14 +150,7 @@ def measure_facts(source: Source, device: str, channels: int | None, num_probed:
         raise InputError(
             f"{source.spec}: none of {len(reasons)} images looked at can be read ({reasons[0]}); run check-data"
         )
-    wanted = channels or _channels(counts)
-    return DataFacts(len(source), int(statistics.median(sides)), wanted, device)
-
-
-def _channels(counts: list[int]) -> int:
-    """Alpha is composited, so 2 counts as 1 and 4 as 3 unless every image has 4 or more."""
-    common = statistics.mode(counts)
-    return {2: 1, 4: 3}.get(common, common)
+    return DataFacts(len(source), int(statistics.median(sides)), channels or statistics.mode(counts), device)
 
 
 def _preprocessing(config: PretrainConfig, source: Source, folder: RunFolder) -> Preprocessing:
