@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,12 +23,13 @@ from sslvit.data.config import CropsConfig, PhotometryConfig
 from sslvit.encoder.config import EncoderConfig
 from sslvit.errors import InputError
 from sslvit.objectives.config import DinoConfig, IbotConfig, KoleoConfig, MaeConfig
-from sslvit.probes.config import EvaluateConfig, KnnMonitorConfig, check_evaluate
+from sslvit.probes.config import EmbedConfig, EvaluateConfig, KnnMonitorConfig, check_evaluate
 from sslvit.vlm.config import LanguageConfig, LoraConfig, StageConfig
 
 __all__ = [
     "AlignConfig",
     "CheckpointConfig",
+    "EmbedConfig",
     "EvaluateConfig",
     "OptimConfig",
     "PretrainConfig",
@@ -461,63 +463,157 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
 
 # ---- checking what types cannot say ---------------------------------------------------------------------------------
 
+#: Counts and sizes of every section. What may be 0 is in `_NOT_NEGATIVE` instead.
+_AT_LEAST_1 = frozenset(
+    (
+        *("batch_size", "accumulate", "keep", "num_images", "patch_size", "image_size", "local_size", "in_chans"),
+        *("num_global", "embed_dim", "depth", "num_heads", "num_prototypes", "head_hidden_dim", "head_bottleneck_dim"),
+        *("num_teacher_views", "num_views", "decoder_dim", "decoder_depth", "decoder_num_heads"),
+        *("vocab_size", "hidden_size", "num_layers", "intermediate_size", "max_length", "rank"),
+    )
+)
+_NOT_NEGATIVE = frozenset(
+    (
+        *("seed", "steps", "every", "num_local", "num_workers", "num_registers", "weight", "lr", "min_lr"),
+        *("weight_decay", "weight_decay_end", "clip_norm", "init_values", "brightness", "contrast", "saturation"),
+    )
+)
+_SHARES = frozenset(
+    (
+        *("warmup", "teacher_temperature_warmup", "freeze_last_layer", "center_momentum", "momentum", "momentum_end"),
+        *("max_bad_rate", "mask_ratio_min", "mask_ratio_max", "layer_decay", "dropout"),
+    )
+)
+_DEVICES = r"(cpu|cuda|mps|xpu)(:\d+)?"
+_CENTERINGS = ("softmax", "sinkhorn")
 
-def check_config(config: PretrainConfig | AlignConfig | EvaluateConfig) -> None:
-    """What can be said of a verb's config before any data is opened; InputError names the key and the remedy."""
+
+def check_config(config: PretrainConfig | AlignConfig | EvaluateConfig | EmbedConfig) -> None:
+    """What can be said of a verb's config before any data is opened; InputError names the key and the remedy.
+
+    Holds for a config as given and for a resolved one: what is None is not looked at.
+    """
     required = {
         PretrainConfig: ("data",),
         AlignConfig: ("encoder", "data"),
         EvaluateConfig: ("encoder", "train_dataset", "val_dataset"),
+        EmbedConfig: ("encoder", "data", "output_file"),
     }[type(config)]
     for key in required:
         if not getattr(config, key):
             raise InputError(f"{key} is missing; give {_as_given(config, key)}")
     if config.precision not in (None, "bf16", "fp32"):
         raise InputError(f"precision is {config.precision!r}; it is bf16 or fp32")
+    if config.device is not None and not re.fullmatch(_DEVICES, config.device):
+        raise InputError(f"device is {config.device!r}; it is cpu or cuda, or one of several as cuda:1")
     _check_ranges("", config)
+    if isinstance(config, PretrainConfig | AlignConfig):
+        _check_at_least("checkpoint.every", config.checkpoint.every, 1)
     if isinstance(config, PretrainConfig):
         _check_pretrain(config)
+    if isinstance(config, AlignConfig):
+        _check_heads(
+            "language.num_heads", config.language.num_heads, "language.hidden_size", config.language.hidden_size
+        )
     if isinstance(config, EvaluateConfig):
         check_evaluate(config)
 
 
 def _as_given(config: Any, key: str) -> str:
-    value = "E" if key == "encoder" else "SPEC, for example a folder of images"
-    return f"--{key.replace('_', '-')} {value}" if isinstance(config, EvaluateConfig) else f"{key}={value}"
+    value = {"encoder": "E", "output_file": "F.npz"}.get(key, "SPEC, for example a folder of images")
+    is_option = isinstance(config, EvaluateConfig | EmbedConfig)
+    return f"--{key.replace('_', '-')} {value}" if is_option else f"{key}={value}"
 
 
 def _check_ranges(prefix: str, section: Any) -> None:
-    """Names carry units: `*_prob` is 0..1; counts, sizes and batches are positive; rates are not negative."""
-    positive = {"batch_size", "accumulate", "patch_size", "image_size", "local_size", "num_global", "depth"}
-    not_negative = {"lr", "steps", "every", "keep", "num_local", "num_workers", "num_registers", "weight_decay"}
+    """By the last word of each key: counts and sizes are positive, rates not negative, shares between 0 and 1."""
     for name, value in vars(section).items():
         key = f"{prefix}{name}"
         if dataclasses.is_dataclass(value):
             _check_ranges(f"{key}.", value)
+        if name.endswith("_prob") and value == []:
+            raise InputError(f"{key} is empty; give a probability per global crop, the last one serves all further")
         for number in value if isinstance(value, list) else [value]:
-            if not isinstance(number, (int, float)) or isinstance(number, bool):
-                continue
-            if number != number or number in (float("inf"), float("-inf")):
-                raise InputError(f"{key} is {number}; it must be a finite number")
-            if name.endswith("_prob") and not 0 <= number <= 1:
-                raise InputError(f"{key} is {number}; a probability lies between 0 and 1")
-            if name in positive and number < 1:
-                raise InputError(f"{key} is {number}; it must be at least 1")
-            if (name in not_negative or name.endswith("_lr")) and number < 0:
-                raise InputError(f"{key} is {number}; it must not be negative")
+            if isinstance(number, (int, float)) and not isinstance(number, bool):
+                _check_number(key, name, number)
+
+
+def _check_number(key: str, name: str, number: float) -> None:
+    if number != number or number in (float("inf"), float("-inf")):
+        raise InputError(f"{key} is {number}; it must be a finite number")
+    if name.endswith("_prob") and not 0 <= number <= 1:
+        raise InputError(f"{key} is {number}; a probability lies between 0 and 1")
+    if name in _SHARES and not 0 <= number <= 1:
+        raise InputError(f"{key} is {number}; it lies between 0 and 1")
+    if name in ("drop_path_rate", "beta1", "beta2") and not 0 <= number < 1:
+        raise InputError(f"{key} is {number}; it is at least 0 and below 1")
+    if ("temperature" in name) and not name.endswith("_warmup") and number <= 0:
+        raise InputError(f"{key} is {number}; a temperature is above 0")
+    if name == "hue" and not 0 <= number <= 0.5:
+        raise InputError(f"{key} is {number}; it is a share of the colour circle between 0 and 0.5")
+    if name in _AT_LEAST_1:
+        _check_at_least(key, number, 1)
+    if name in _NOT_NEGATIVE or name.endswith("_lr"):
+        _check_at_least(key, number, 0)
+
+
+def _check_at_least(key: str, number: float | None, least: int) -> None:
+    if number is not None and number < least:
+        must = f"be at least {least}" if least else "not be negative"
+        raise InputError(f"{key} is {number}; it must {must}")
 
 
 def _check_pretrain(config: PretrainConfig) -> None:
+    _check_at_least("steps", config.steps, 1)
     sections = {"dino": config.dino, "ibot": config.ibot, "koleo": config.koleo, "mae": config.mae}
     if not any(section is not None and section.weight > 0 for section in sections.values()):
         raise InputError("no objective is switched on; give at least one of dino={} ibot={} mae={}")
-    if config.mae is not None and not 0 < config.mae.mask_ratio < 1:
-        raise InputError(f"mae.mask_ratio is {config.mae.mask_ratio}; it lies between 0 and 1, e.g. 0.75")
+    _check_crops(config.crops)
+    _check_objectives(config)
     patch = config.encoder.patch_size
     sizes = {"encoder.image_size": config.encoder.image_size, "crops.local_size": config.crops.local_size}
     for key, size in sizes.items():
         if patch and size and size % patch:
             fit = max(patch, round(size / patch) * patch)
             raise InputError(f"{key}={size} is no multiple of encoder.patch_size={patch}; try {key}={fit}")
+    _check_heads("encoder.num_heads", config.encoder.num_heads, "encoder.embed_dim", config.encoder.embed_dim)
     if config.batch_size is not None and config.batch_size % config.accumulate:
         raise InputError(f"batch_size={config.batch_size} is no multiple of accumulate={config.accumulate}")
+
+
+def _check_crops(crops: CropsConfig) -> None:
+    for key, pair, most in (
+        ("crops.global_scale", crops.global_scale, 1.0),
+        ("crops.local_scale", crops.local_scale, 1.0),
+        ("crops.ratio", crops.ratio, None),
+    ):
+        if pair is not None and not (len(pair) == 2 and 0 < pair[0] <= pair[1] <= (most or pair[1])):
+            bounds, example = ("0 < LOW <= HIGH <= 1", "0.4,1") if most else ("0 < LOW <= HIGH", "0.75,1.33")
+            raise InputError(f"{key} is {pair}; it is a pair LOW,HIGH with {bounds}, for example {key}={example}")
+
+
+def _check_objectives(config: PretrainConfig) -> None:
+    for name, section in (("dino", config.dino), ("ibot", config.ibot)):
+        if section is not None and section.centering not in _CENTERINGS:
+            near = _nearest(section.centering, _CENTERINGS)
+            raise InputError(f"{name}.centering is {section.centering!r}; it is {' or '.join(_CENTERINGS)}{near}")
+    dino, ibot, mae = config.dino, config.ibot, config.mae
+    if dino is not None and not 0 < dino.student_visible_ratio <= 1:
+        raise InputError(
+            f"dino.student_visible_ratio is {dino.student_visible_ratio}; it is above 0 and at most 1, 1 shows all"
+        )
+    if ibot is not None and ibot.mask_ratio_min > ibot.mask_ratio_max:
+        raise InputError(
+            f"ibot.mask_ratio_min is {ibot.mask_ratio_min}, above ibot.mask_ratio_max={ibot.mask_ratio_max}"
+        )
+    if mae is not None and not 0 < mae.mask_ratio < 1:
+        raise InputError(f"mae.mask_ratio is {mae.mask_ratio}; it lies between 0 and 1, e.g. 0.75")
+    if mae is not None:
+        _check_heads("mae.decoder_num_heads", mae.decoder_num_heads, "mae.decoder_dim", mae.decoder_dim)
+
+
+def _check_heads(heads_key: str, heads: int | None, width_key: str, width: int | None) -> None:
+    if heads is not None and width is not None and width % heads:
+        raise InputError(
+            f"{width_key}={width} is no multiple of {heads_key}={heads}; it is split evenly over the heads"
+        )

@@ -251,12 +251,78 @@ def test_shipped_names_stay_inside():
         (["data=x", "mae={}", "optim.lr=.nan"], ["optim.lr"]),
         (["data=x", "mae={}", "optim.lr=-1"], ["optim.lr"]),
         (["data=x", "mae={}", "steps=-1"], ["steps"]),
+        (["data=x", "mae={}", "steps=0"], ["steps"]),
+        (["data=x", "mae={}", "accumulate=0"], ["accumulate"]),
+        (["data=x", "mae={}", "checkpoint.every=0"], ["checkpoint.every"]),
+        (["data=x", "mae={}", "checkpoint.keep=0"], ["checkpoint.keep"]),
+        (["data=x", "mae={}", "seed=-1"], ["seed"]),
+        (["data=x", "mae={}", "device=gpu"], ["device", "cuda"]),
+        (["data=x", "dino.centering=sinkorn"], ["dino.centering", "softmax", "nearest: sinkhorn"]),
+        (["data=x", "ibot.centering=none"], ["ibot.centering", "softmax"]),
+        (["data=x", "dino.num_teacher_views=0"], ["dino.num_teacher_views"]),
+        (["data=x", "dino.student_visible_ratio=0"], ["dino.student_visible_ratio"]),
+        (["data=x", "dino.student_visible_ratio=1.1"], ["dino.student_visible_ratio"]),
+        (["data=x", "dino.student_temperature=0"], ["dino.student_temperature"]),
+        (["data=x", "dino.freeze_last_layer=2"], ["dino.freeze_last_layer"]),
+        (["data=x", "dino.weight=-1", "mae={}"], ["dino.weight"]),
+        (["data=x", "ibot.mask_ratio_min=0.6"], ["ibot.mask_ratio_min"]),
+        (["data=x", "ibot.mask_prob=2"], ["ibot.mask_prob"]),
+        (["data=x", "mae={}", "crops.global_scale=0.4"], ["crops.global_scale", "LOW,HIGH"]),
+        (["data=x", "mae={}", "crops.global_scale=0.4,2"], ["crops.global_scale"]),
+        (["data=x", "mae={}", "crops.global_scale=1,0.4"], ["crops.global_scale"]),
+        (["data=x", "mae={}", "crops.local_scale=0,1"], ["crops.local_scale"]),
+        (["data=x", "mae={}", "crops.ratio=1,2,3"], ["crops.ratio"]),
+        (["data=x", "mae={}", "crops.ratio=2,1"], ["crops.ratio"]),
+        (["data=x", "mae={}", "crops.num_global=0"], ["crops.num_global"]),
+        (["data=x", "mae={}", "photometry.global_solarize_prob=[]"], ["photometry.global_solarize_prob", "empty"]),
+        (["data=x", "mae={}", "photometry.hue=0.7"], ["photometry.hue"]),
+        (["data=x", "mae.decoder_dim=128", "mae.decoder_num_heads=3"], ["mae.decoder_dim=128", "num_heads=3"]),
+        (["data=x", "mae.decoder_depth=0"], ["mae.decoder_depth"]),
+        (["data=x", "mae.num_views=0"], ["mae.num_views"]),
+        (["data=x", "mae={}", "encoder.num_heads=0"], ["encoder.num_heads"]),
+        (["data=x", "mae={}", "encoder.depth=0"], ["encoder.depth"]),
+        (["data=x", "mae={}", "encoder.num_heads=5", "encoder.embed_dim=192"], ["encoder.num_heads=5"]),
+        (["data=x", "mae={}", "encoder.drop_path_rate=1"], ["encoder.drop_path_rate"]),
+        (["data=x", "mae={}", "optim.beta2=1"], ["optim.beta2"]),
+        (["data=x", "mae={}", "optim.warmup=1.5"], ["optim.warmup"]),
+        (["data=x", "mae={}", "max_bad_rate=5"], ["max_bad_rate"]),
     ],
 )
 def test_check_pretrain(texts, parts):
     with pytest.raises(InputError) as caught:
         check_config(load(*texts))
     assert all(part in str(caught.value) for part in parts), caught.value
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("language.num_heads=0", "language.num_heads"),
+        ("language.num_heads=5", "language.hidden_size=192"),
+        ("language.num_layers=0", "language.num_layers"),
+        ("checkpoint.every=0", "checkpoint.every"),
+        ("instruct.batch_size=0", "instruct.batch_size"),
+        ("text.lm_lr=-1", "text.lm_lr"),
+        ("lora.rank=0", "lora.rank"),
+    ],
+)
+def test_check_align(text, part):
+    config = load_config(AlignConfig, None, ["encoder=a", "data=b", text])
+    with pytest.raises(InputError, match=part):
+        check_config(config)
+
+
+def test_check_accepts_the_edges():
+    edges = ["dino.student_visible_ratio=1", "knn.every=0", "crops.num_local=0", "crops.ratio=1,1", "optim.clip_norm=0"]
+    edges += [
+        "crops.global_scale=1,1",
+        "photometry.global_blur_prob=[0.5]",
+        "num_workers=0",
+        "device=cuda:1",
+        "steps=1",
+    ]
+    check_config(load("data=x", "mae={}", *edges))
+    check_config(load_config(AlignConfig, None, ["encoder=a", "data=b", "text.steps=0"]))
 
 
 def test_check_accepts_and_asks_for_what_is_missing():

@@ -56,6 +56,20 @@ class EvaluateConfig:
     attentive_steps: int = 2500
 
 
+@dataclass
+class EmbedConfig:
+    """`sslvit embed`: one feature vector per image."""
+
+    encoder: str | None = None
+    data: str | None = None
+    output_file: str | None = None  # F.npz or F.parquet
+    batch_size: int = 256
+    device: str | None = None
+    precision: str | None = None  # bf16 | fp32; auto: bf16 where the device computes it natively
+    num_workers: int | None = None
+    index: bool = False  # also a faiss index beside the file
+
+
 def check_evaluate(config: EvaluateConfig) -> None:
     """InputError for an unknown protocol or control, and for counts that cannot be."""
     for key, known in (("protocol", PROTOCOLS), ("controls", CONTROLS)):
@@ -64,7 +78,7 @@ def check_evaluate(config: EvaluateConfig) -> None:
                 raise InputError(f"{key}: {name!r} is unknown; there are {', '.join(known)}")
     if not config.protocol:
         raise InputError(f"protocol is empty; give at least one of {', '.join(PROTOCOLS)}")
-    for key in ("linear_steps", "linear_batch_size", "attentive_steps", "num_images"):
+    for key in ("linear_steps", "linear_batch_size", "attentive_steps"):
         value = getattr(config, key)
-        if value is not None and value < 1:
+        if value < 1:
             raise InputError(f"{key} is {value}; it must be at least 1")
