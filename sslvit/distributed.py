@@ -28,6 +28,7 @@ __all__ = [
     "init",
     "is_main",
     "local_rank",
+    "native_bf16",
     "rank",
     "shutdown",
     "world_size",
@@ -48,6 +49,13 @@ def init(device: str | None = None) -> torch.device:
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, init_method="env://", timeout=TIMEOUT)
     return chosen
+
+
+def native_bf16(device: torch.device | str) -> bool:
+    """Whether the device computes bf16 itself; where it is emulated, fp32 is faster."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def shutdown() -> None:

@@ -42,32 +42,20 @@ Row = dict[str, Any]
 #: Keys that cannot change results: they may differ when a run goes on.
 FREE_KEYS = ("num_workers", "max_bad_rate", "checkpoint.*", "device", "overwrite")
 
-#: Everything a verb may leave in its folder; `overwrite=true` deletes these names and nothing else.
-OWN_FILES = (
-    "config.yaml",
-    "resolved.yaml",
-    "command.txt",
-    "env.json",
-    "metrics.jsonl",
-    "train.log",
-    "bad_files.jsonl",
-    "results.json",
-    "report.html",
-    "finished.json",
-    "predictions.jsonl",
-    "does_it_see.txt",
-)
-OWN_FOLDERS = (
-    "tb",
-    "checkpoints",
-    "encoder",
-    "encoder_hf",
-    "vlm",
-    "features",
-    "cells",
-    "evaluate",
-    "stages",
-    "controls",
+#: What shows that a run has learned or measured something: from then on its settings stand.
+TRAINED = ("finished.json", "checkpoints", "stages", "controls", "cells")
+
+#: What a run knows of its data before it has learned anything.
+SEEN = ("resolved.yaml", "statistics.json", "bad_files.jsonl", "bad_files.rank*.jsonl")
+
+#: Everything a verb may leave in its folder; `overwrite=true` deletes these names and nothing else. In this order: a
+#: kill meanwhile leaves a folder that is still ours, and whose settings stand while anything of the old run does.
+OWN = (
+    *TRAINED,
+    *("tb", "encoder", "encoder_hf", "vlm", "features", "evaluate", ".export-*"),
+    *SEEN,
+    *("metrics.jsonl", "train.log", "results.json", "report.html", "predictions.jsonl", "does_it_see.txt"),
+    *("command.txt", "config.yaml", "env.json"),
 )
 
 #: Verbs that may write into another verb's folder; they keep their own record in a subfolder of their name.
@@ -111,22 +99,25 @@ class RunFolder:
 
         Any key of the config that differs from OUT's outside `free_keys` (patterns like `checkpoint.*`) is an
         InputError that names it, as are a folder that is not ours and a folder another process writes to.
-        `overwrite` first deletes what sslvit wrote there.
+        `overwrite` first deletes what sslvit wrote there. A run that has learned nothing yet may be changed freely.
         """
         path = Path(path).expanduser()
+        if not is_writer():  # rank 0 judges the folder, and may be deleting in it at this moment
+            return cls(path, _record_folder(path, verb, overwrite), config, writer=False, overwrite=overwrite)
         _refuse_strangers(path)
         record = _record_folder(path, verb, overwrite)
-        folder = cls(path, record, config, writer=is_writer(), overwrite=overwrite)
-        if not folder.writer:
-            return folder
+        folder = cls(path, record, config, writer=True, overwrite=overwrite)
         with _opening(path):
             record.mkdir(parents=True, exist_ok=True)
             folder._lock = Lock(record / LOCK)
         try:
             if overwrite:
                 _delete_own(record)
-            else:
+            elif any(_holds(place, name) for place in (path, record) for name in TRAINED):
                 _refuse_changes(record / "config.yaml", config, free_keys)
+            elif _changes(record / "config.yaml", config, free_keys):
+                _delete(path, SEEN)
+                _delete(record, SEEN)
             folder._write_record(verb)
         except BaseException:
             folder.release()
@@ -158,8 +149,18 @@ class RunFolder:
         self._write(self.record / "finished.json", json.dumps({"at": _now(), "config": as_dict(self._config)}) + "\n")
 
     def write_resolved(self, config: Any, reasons: Mapping[str, str]) -> None:
-        """`resolved.yaml`: the config with every auto value, its reason (by dotted key) as a comment."""
-        self._write(self.record / "resolved.yaml", _with_comments(to_yaml(config), reasons))
+        """`resolved.yaml`: the config with every auto value, its reason (by dotted key) as a comment.
+
+        The auto values are printed too, unless the run goes on with the same ones.
+        """
+        if not self.writer:
+            return
+        file, values = self.record / "resolved.yaml", as_dict(config)
+        # the recipe says "VALUE: reason" and here the value stands before it
+        why = {key: reason.removeprefix(f"{_at(values, key)}: ") for key, reason in reasons.items()}
+        if _changed(file, config, list(why)):
+            print("\n".join(_auto_lines(values, why)), flush=True)
+        write_atomically(file, _with_comments(to_yaml(config), why))
 
     def write_json(self, name: str, value: Any) -> None:
         """Write OUT/NAME in one step: a reader sees the old file or the new one."""
@@ -221,9 +222,14 @@ def _slug(spec: str) -> str:
 # ---- whose folder it is ---------------------------------------------------------------------------------------------
 
 
+def process_rank() -> int:
+    """The number of this process among those of one run, 0 when alone; torchrun and srun say so in the environment."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+
+
 def is_writer() -> bool:
-    """Whether this process is rank 0, or alone; torchrun and srun say so in the environment."""
-    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
+    """Whether this process is rank 0, or alone."""
+    return process_rank() == 0
 
 
 def _owner(path: Path) -> str | None:
@@ -259,6 +265,21 @@ def _record_folder(path: Path, verb: str, overwrite: bool) -> Path:
     raise InputError(f"{path} holds a run of {owner}; choose another --output-dir, or overwrite=true to delete it")
 
 
+def _holds(folder: Path, name: str) -> bool:
+    """Whether a file is there, or a folder with something in it."""
+    entry = folder / name
+    return entry.is_file() or (entry.is_dir() and any(entry.iterdir()))
+
+
+def _changes(file: Path, config: Any, free_keys: Sequence[str]) -> bool:
+    """Whether the recorded config differs, or says nothing any more."""
+    try:
+        old = as_dict(load_config(type(config), file)) if file.exists() else as_dict(config)
+    except InputError:
+        return True
+    return bool(_not_free(changed_keys(old, as_dict(config)), free_keys))
+
+
 def _refuse_changes(file: Path, config: Any, free_keys: Sequence[str]) -> None:
     if not file.exists():
         return
@@ -284,12 +305,7 @@ def _at(values: Mapping[str, Any], key: str) -> Any:
 
 def _delete_own(path: Path) -> None:
     """Delete what sslvit wrote into a folder, run folders inside it too; links are cut, never followed."""
-    for name in (*OWN_FILES, *OWN_FOLDERS):
-        entry = path / name
-        if entry.is_symlink() or entry.is_file():
-            entry.unlink()
-        elif entry.is_dir():
-            shutil.rmtree(entry)
+    _delete(path, OWN)
     for entry in sorted(path.iterdir()):
         if entry.name.endswith(".partial") and entry.is_file():
             entry.unlink()
@@ -298,6 +314,16 @@ def _delete_own(path: Path) -> None:
             (entry / LOCK).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # something of the user's is in it: it stays
                 entry.rmdir()
+
+
+def _delete(path: Path, names: Sequence[str]) -> None:
+    """Delete these names (or patterns) in a folder, in their order."""
+    for name in names:
+        for entry in sorted(path.glob(name)):
+            if entry.is_symlink() or not entry.is_dir():
+                entry.unlink()
+            else:
+                shutil.rmtree(entry)
 
 
 # ---- the lock -------------------------------------------------------------------------------------------------------
@@ -458,11 +484,20 @@ def write_atomically(path: Path, text: str) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
+        if not is_disk_full(error) and error.errno not in (errno.EIO, errno.EROFS):
             raise
         raise Resumable(
             f"cannot write {len(text)} bytes to {path}: {error.strerror}; then the same command goes on"
         ) from None
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error means no space or no quota; safetensors, tokenizers and numpy say so in words alone."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    words = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "Not enough free space to write")
+    text = str(error)
+    return any(part in text for part in words) or re.fullmatch(r"\d+ requested and \d+ written", text) is not None
 
 
 def _sync_folder(path: Path) -> None:
@@ -524,7 +559,7 @@ def _opening(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_disk_full(error):
             raise Resumable(
                 f"cannot open {path}: {error.strerror}; make room and give the same command again"
             ) from None
@@ -544,6 +579,23 @@ def _with_comments(text: str, reasons: Mapping[str, str]) -> str:
             line += f"  # {' '.join(reason.split())}" if reason else ""
         lines.append(line)
     return "\n".join(lines) + "\n"
+
+
+def _changed(file: Path, config: Any, keys: Sequence[str]) -> bool:
+    """Whether a resolved config that was written before says otherwise of any of `keys`."""
+    try:
+        old = as_dict(load_config(type(config), file))
+    except InputError:
+        return bool(keys)
+    return any(_at(old, key) != _at(as_dict(config), key) for key in keys)
+
+
+def _auto_lines(values: Mapping[str, Any], reasons: Mapping[str, str]) -> Iterator[str]:
+    """`auto: optim.lr = 0.001  (the rule)`, the columns aligned."""
+    shown = {key: str(_at(values, key)) for key in reasons}
+    keys, width = max(map(len, shown)), max(map(len, shown.values()))
+    for key, reason in reasons.items():
+        yield f"auto: {key:<{keys}} = {shown[key]:<{width}}  ({' '.join(reason.split())})"
 
 
 # ---- the record -----------------------------------------------------------------------------------------------------

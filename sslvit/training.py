@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -366,7 +367,7 @@ def _evaluate(
     model.train()
     if values:
         metrics.row(progress.step, values)
-    if best is None or best not in values:
+    if best is None or best not in values or not math.isfinite(values[best]):
         return False
     if progress.best_value is not None and values[best] <= progress.best_value:
         return False

@@ -37,6 +37,11 @@ class ImportReport:
     layout: str = "timm"
     share: float = 1.0
 
+    @property
+    def exact(self) -> bool:
+        """Whether every tensor found its place as it was: nothing to tell."""
+        return not (self.missing or self.unexpected or self.reshaped)
+
     def __str__(self) -> str:
         lines = [
             f"weights ({self.layout}): {len(self.matched)} tensors matched ({self.share:.1%} of the parameters), "

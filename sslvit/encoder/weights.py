@@ -11,7 +11,6 @@ import ast
 import difflib
 import hashlib
 import json
-import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from sslvit import distributed
 from sslvit.checkpoint import best_step, checkpoint_path, checkpoint_steps, latest_checkpoint, load_checkpoint
 from sslvit.checkpoint import read_weights_file as read_file
 from sslvit.encoder.architecture import Architecture, config_of, heads_of_name, infer_architecture
@@ -34,8 +34,6 @@ from sslvit.encoder.vit import VIT_MODULES, Encoder, check_encoder, create_encod
 from sslvit.errors import InputError
 
 __all__ = ["ImportReport", "LoadedEncoder", "import_weights", "init_encoder", "load_encoder", "random_like"]
-
-log = logging.getLogger(__name__)
 
 _HF_MODELS = ("vit", "vit_mae", "dinov2", "dinov2_with_registers", "siglip", "siglip_vision_model")
 _HF_ACTIVATIONS = {
@@ -100,8 +98,8 @@ def load_encoder(spec: str, *, device: str | torch.device = "cpu") -> LoadedEnco
         loaded = _from_name(place, options, spec)
     else:
         raise InputError(f"{spec}: no such run, folder, file or timm model" + _nearest(place))
-    if loaded.report is not None:
-        log.info("%s: %s", spec, loaded.report)
+    if loaded.report is not None and not loaded.report.exact and distributed.is_main():
+        print(f"{spec}: {loaded.report}")
     loaded.module.to(device).eval()
     return loaded
 

@@ -54,9 +54,10 @@ def warmed_up(step: int, steps: int, start: float, end: float, share: float) -> 
 def sinkhorn(logits: Tensor, temperature: float, num_iterations: int = 3) -> Tensor:
     """Teacher targets whose prototypes are used equally over all ranks: (B, K) cosines -> (B, K), rows sum to 1.
 
-    SwAV's algorithm 1 in fp32: alternate the normalisation of columns to 1/K and of rows to 1/B.
+    SwAV's algorithm 1 in fp32: alternate the normalisation of columns to 1/K and of rows to 1/B. B may be 0 on a rank.
     """
-    scores = torch.exp((logits.float() - _global_max(logits.float())) / temperature)
+    logits = logits.float()
+    scores = torch.exp((logits - _global_max(logits)) / temperature)
     num_samples = distributed.all_reduce_sum_(torch.tensor(float(logits.shape[0]), device=logits.device))
     for _ in range(num_iterations):
         columns = distributed.all_reduce_sum_(scores.sum(0))
@@ -66,7 +67,8 @@ def sinkhorn(logits: Tensor, temperature: float, num_iterations: int = 3) -> Ten
 
 
 def _global_max(values: Tensor) -> Tensor:
-    return distributed.all_gather_cat(values.max().reshape(1)).max()
+    largest = values.max() if values.numel() else values.new_tensor(-math.inf)
+    return distributed.all_reduce_max_(largest)
 
 
 def cross_entropy(targets: Tensor, logits: Tensor, temperature: float) -> Tensor:
@@ -105,11 +107,12 @@ class Centering(nn.Module):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """DINO, equation 4: c <- m c + (1 - m) mean of the batch."""
+        """DINO, equation 4: c <- m c + (1 - m) mean of the batch; it stays where no rank had a token (B = 0)."""
         if self._sum is None:
             return
         total = distributed.all_reduce_sum_(torch.cat([self._sum, self._sum.new_tensor([float(self._count)])]))
-        self.center.lerp_(total[:-1] / total[-1], 1 - self.momentum)
+        mean, count = total[:-1] / total[-1].clamp_min(1), total[-1]
+        self.center.lerp_(mean, (1 - self.momentum) * (count > 0))
         self.discard()
 
     def discard(self) -> None:

@@ -72,7 +72,7 @@ class Ibot(nn.Module):
             count = int(ratio * num_patches) if uniform[0] < config.mask_prob else 0
             rng = np.random.Generator(np.random.Philox(key=[int(part * 2**24) for part in key]))
             masks.append(block_mask(rng, self.grid, count).reshape(-1))
-        return Masking("block", mask=torch.from_numpy(np.stack(masks)).to(draw.sample_ids.device))
+        return Masking("block", mask=torch.from_numpy(np.stack(masks)).to(draw.device))
 
     def passes(self, draw: Draw, num_patches: int) -> list[Pass]:
         """Teacher on full global views, student on masked ones."""

@@ -102,11 +102,15 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class Draw:
-    """The keyed draws of one step: masks depend on (seed, step, sample id, view) alone."""
+    """The keyed draws of one step: masks depend on (seed, step, sample id, view) alone.
+
+    They are drawn where the sample ids are (the CPU) and moved to `device`, where the crops are.
+    """
 
     seed: int
     step: int
     sample_ids: Tensor  # (B,) int64
+    device: torch.device = torch.device("cpu")
 
     def noise(self, view: int, num: int, purpose: int = 0) -> Tensor:
         """Uniform (B, num)."""
@@ -114,7 +118,7 @@ class Draw:
 
     def visible(self, view: int, num_patches: int, num_visible: int) -> Masking:
         """A random subset of the patches (MAE, section 3): argsort of noise, split in kept and removed."""
-        order = self.noise(view, num_patches).argsort(dim=1)
+        order = self.noise(view, num_patches).argsort(dim=1, stable=True).to(self.device)
         return Masking(f"visible:{num_visible}", keep=order[:, :num_visible], removed=order[:, num_visible:])
 
 

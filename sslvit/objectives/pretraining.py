@@ -88,14 +88,14 @@ class Pretraining(nn.Module):
             self._running_step = step
         crops = self._colour(views)
         num_patches = self.student.patch_embed.num_patches
-        draw = Draw(self.config.seed, step, views.sample_ids)
+        draw = Draw(self.config.seed, step, views.sample_ids, crops["global"].device)
         wanted = {name: objective.passes(draw, num_patches) for name, objective in self._active.items()}
         distinct = list(dict.fromkeys(p for passes in wanted.values() for p in passes))
         if "koleo" in wanted:
             wanted["koleo"] = [p for p in distinct if p.network == "student" and p.crop == "global"]
         patches_read = {p for name in ("ibot", "mae") for p in wanted.get(name, [])}
         tokens = self._run(distinct, patches_read, crops)
-        total = torch.zeros((), device=draw.sample_ids.device)
+        total = torch.zeros((), device=draw.device)
         logs: dict[str, Tensor] = {}
         for name, passes in wanted.items():
             objective = self._active[name]

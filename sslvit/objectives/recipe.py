@@ -12,6 +12,7 @@ from typing import Any
 
 from sslvit.config import PretrainConfig
 from sslvit.errors import InputError
+from sslvit.schedules import momentum_from_half_life
 
 # lightly-train's published table for DINO: prototypes by number of images.
 LONG_RUN = 50_000  # steps
@@ -28,6 +29,7 @@ class DataFacts:
     side: int
     channels: int
     device: str  # "cpu" | "cuda"
+    native_bf16: bool = True  # whether the device computes bf16 itself
 
 
 class _Resolver:
@@ -56,6 +58,7 @@ def resolve(config: PretrainConfig, facts: DataFacts) -> tuple[PretrainConfig, d
     resolver = _Resolver(config)
     _resolve_encoder(resolver, facts)
     _resolve_length(resolver, facts)
+    _resolve_precision(resolver, facts)
     _resolve_crops(resolver)
     _resolve_optim(resolver)
     _resolve_objectives(resolver, facts)
@@ -69,7 +72,8 @@ def _resolve_encoder(resolver: _Resolver, facts: DataFacts) -> None:
     name = "vit_tiny_patch16_224" if small else "vit_small_patch16_224"
     resolver.fill("encoder.name", name, "no GPU or under 20,000 images" if small else "a GPU and 20,000 images or more")
     wanted = 224 if facts.device == "cuda" else 64
-    side = min(wanted, max(32, facts.side // 16 * 16))
+    unit = encoder.patch_size if encoder.patch_size and 16 % encoder.patch_size else 16
+    side = max(math.ceil(32 / unit), min(wanted, facts.side) // unit) * unit
     resolver.fill("encoder.image_size", side, f"images are about {facts.side} px; at most {wanted} on {facts.device}")
     size = encoder.image_size
     assert size is not None
@@ -96,7 +100,13 @@ def _resolve_length(resolver: _Resolver, facts: DataFacts) -> None:
     resolver.fill("encoder.init_values", 0.1 if short else 1e-5, reason)
     resolver.fill("checkpoint.every", max(50, _required(resolver.config.steps) // 10), "ten a run")
     resolver.fill("knn.every", max(50, _required(resolver.config.steps) // 10), "ten a run")
-    resolver.fill("precision", "bf16", "autocast; losses, softmax and averages stay in fp32")
+
+
+def _resolve_precision(resolver: _Resolver, facts: DataFacts) -> None:
+    if facts.native_bf16:
+        resolver.fill("precision", "bf16", "autocast; losses, softmax and averages stay in fp32")
+    else:
+        resolver.fill("precision", "fp32", f"this {facts.device} only emulates bf16")
 
 
 def _resolve_crops(resolver: _Resolver) -> None:
@@ -121,10 +131,9 @@ def _resolve_optim(resolver: _Resolver) -> None:
     alone = config.dino is None and config.ibot is None
     resolver.fill("optim.beta2", 0.95 if alone else 0.999, "MAE alone .95, else .999, as published")
     half_life = min(88_700, max(batch, batch * steps // 20))
-    momentum = 0.5 ** (batch / half_life)
     resolver.fill(
         "optim.momentum",
-        round(momentum, 6),
+        round(momentum_from_half_life(half_life, batch), 6),
         f"half-life of {half_life:,} images: DINO's .996 at 512, at most 1/20 of the run",
     )
 

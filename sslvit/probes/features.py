@@ -24,6 +24,7 @@ from sslvit.data.decode import BadImage
 from sslvit.data.loader import clean_batches
 from sslvit.data.photometry import normalize
 from sslvit.data.sources import Source
+from sslvit.distributed import native_bf16
 from sslvit.encoder.config import Preprocessing
 from sslvit.encoder.vit import Tokens, forward_layers
 from sslvit.errors import InputError
@@ -235,9 +236,7 @@ def forward_clean(module: nn.Module, pixels: Tensor, num_blocks: int, precision:
 
 def default_precision(device: torch.device | str) -> str:
     """bf16 where the device computes it natively, else fp32."""
-    if torch.device(device).type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+    return "bf16" if native_bf16(device) else "fp32"
 
 
 def shared_cache() -> Path | None:

@@ -23,9 +23,9 @@ from sslvit.verbs.evaluate import evaluate
 from sslvit.verbs.pretrain import pretrain
 from sslvit.verbs.report import report
 
-IMAGES = "scenes:?n=20000&size=48&clutter=0.3"
-PAIRS = "scenes:?n=20000&size=48&clutter=0.3&seed=1"
-QUESTIONS = "scenes:?n=1000&size=48&clutter=0.3&split=val"
+IMAGES = "scenes:?n=20000&size=48&clutter=0.3&objects=1-2"
+PAIRS = "scenes:?n=20000&size=48&clutter=0.3&objects=1-2&seed=1"
+QUESTIONS = "scenes:?n=1000&size=48&clutter=0.3&objects=1-2&split=val"
 SINGLE_TRAIN = "scenes:?n=4000&size=48&clutter=0.3&seed=2&objects=1"
 SINGLE_VAL = "scenes:?n=2000&size=48&clutter=0.3&seed=2&objects=1&split=val"
 NUM_SHOWN = 6
@@ -59,7 +59,7 @@ def demo(*, output_dir: str | Path | None = None) -> Path:
             train_dataset=SINGLE_TRAIN,
             val_dataset=SINGLE_VAL,
             protocol=["knn", "linear"],
-            linear_steps=2500,
+            linear_steps=1500,
             output_dir=out,
         )
         _chapter("3. align: encoder and text become a vision-language model, beside its controls")
@@ -90,7 +90,7 @@ def _frozen(out: Path) -> list[Row]:
         encoder=str(out / "encoder"),
         data=PAIRS,
         val_data=QUESTIONS,
-        instruct={"encoder_lr": 0.0},
+        instruct={"encoder_lr": 0.0, "steps": 1000},
         controls=["random_encoder"],
     )
     rows: list[Row] = json.loads((frozen / "results.json").read_text())

@@ -150,7 +150,8 @@ def measure_facts(source: Source, device: str, channels: int | None, num_probed:
         raise InputError(
             f"{source.spec}: none of {len(reasons)} images looked at can be read ({reasons[0]}); run check-data"
         )
-    return DataFacts(len(source), int(statistics.median(sides)), channels or statistics.mode(counts), device)
+    wanted, native = channels or statistics.mode(counts), distributed.native_bf16(device)
+    return DataFacts(len(source), int(statistics.median(sides)), wanted, device, native)
 
 
 def _preprocessing(config: PretrainConfig, source: Source, folder: RunFolder) -> Preprocessing:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from sslvit.config import AlignConfig
+from sslvit.distributed import native_bf16
 from sslvit.errors import InputError
 from sslvit.vlm.config import StageConfig
 
@@ -34,14 +35,16 @@ def resolve(config: AlignConfig, num_images: int) -> tuple[AlignConfig, dict[str
             stage = replace(stage, steps=steps)
             reasons[f"{name}.steps"] = reason
         stages[name] = stage
-    precision = config.precision
-    if precision is None:
-        precision = "bf16"
-        reasons["precision"] = "autocast; losses, softmax and scores stay in fp32"
     device = config.device
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         reasons["device"] = "what this machine has"
+    precision = config.precision
+    if precision is None:
+        native = native_bf16(device)
+        precision = "bf16" if native else "fp32"
+        spared = "autocast; losses, softmax and scores stay in fp32"
+        reasons["precision"] = spared if native else f"this {device} only emulates bf16"
     resolved = replace(config, **stages, precision=precision, device=device)  # type: ignore[arg-type]
     return resolved, reasons
 
