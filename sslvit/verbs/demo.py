@@ -28,6 +28,10 @@ PAIRS = "scenes:?n=20000&size=48&clutter=0.3&objects=1-2&seed=1"
 QUESTIONS = "scenes:?n=1000&size=48&clutter=0.3&objects=1-2&split=val"
 SINGLE_TRAIN = "scenes:?n=4000&size=48&clutter=0.3&seed=2&objects=1"
 SINGLE_VAL = "scenes:?n=2000&size=48&clutter=0.3&seed=2&objects=1&split=val"
+ENCODER = "pretrain/scenes"
+MODEL = "align/scenes"
+FROZEN = {"encoder_lr": 0.0, "steps": 1000}
+LINEAR_STEPS = 1500
 NUM_SHOWN = 6
 
 
@@ -50,20 +54,18 @@ def demo(*, output_dir: str | Path | None = None) -> Path:
                 report(out)
             return out
         _chapter("1. pretrain: 20,000 images without labels become an encoder")
-        pretrain(
-            config_file="pretrain/scenes", output_dir=out, data=IMAGES, knn={"train": SINGLE_TRAIN, "val": SINGLE_VAL}
-        )
+        pretrain(config_file=ENCODER, output_dir=out, data=IMAGES, knn={"train": SINGLE_TRAIN, "val": SINGLE_VAL})
         _chapter("2. evaluate: what did it learn, beside a random encoder and raw pixels?")
         evaluate(
             encoder=str(out),
             train_dataset=SINGLE_TRAIN,
             val_dataset=SINGLE_VAL,
             protocol=["knn", "linear"],
-            linear_steps=1500,
+            linear_steps=LINEAR_STEPS,
             output_dir=out,
         )
         _chapter("3. align: encoder and text become a vision-language model, beside its controls")
-        align(config_file="align/scenes", output_dir=out, encoder=str(out), data=PAIRS, val_data=QUESTIONS)
+        align(config_file=MODEL, output_dir=out, encoder=str(out), data=PAIRS, val_data=QUESTIONS)
         _chapter("4. align again with the encoder frozen, pretrained beside random")
         folder.add_results(_frozen(out))
         _chapter("5. ask")
@@ -85,12 +87,12 @@ def _chapter(title: str) -> None:
 def _frozen(out: Path) -> list[Row]:
     """The same recipe with the encoder held still; its rows under `vlm/frozen/`."""
     frozen = align(
-        config_file="align/scenes",
+        config_file=MODEL,
         output_dir=out / "controls" / "frozen",
         encoder=str(out / "encoder"),
         data=PAIRS,
         val_data=QUESTIONS,
-        instruct={"encoder_lr": 0.0, "steps": 1000},
+        instruct=FROZEN,
         controls=["random_encoder"],
     )
     rows: list[Row] = json.loads((frozen / "results.json").read_text())
