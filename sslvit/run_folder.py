@@ -116,7 +116,6 @@ class RunFolder:
             elif any(_holds(place, name) for place in (path, record) for name in TRAINED):
                 _refuse_changes(record / "config.yaml", config, free_keys)
             elif _changes(record / "config.yaml", config, free_keys):
-                _delete(path, SEEN)
                 _delete(record, SEEN)
             folder._write_record(verb)
         except BaseException:
@@ -319,10 +318,10 @@ def _delete_own(path: Path) -> None:
 def _delete(path: Path, names: Sequence[str]) -> None:
     """Delete these names (or patterns) in a folder, in their order."""
     for name in names:
-        for entry in sorted(path.glob(name)):
-            if entry.is_symlink() or not entry.is_dir():
+        for entry in sorted(path.glob(name)) if "*" in name else [path / name]:
+            if entry.is_symlink() or entry.is_file():
                 entry.unlink()
-            else:
+            elif entry.is_dir():
                 shutil.rmtree(entry)
 
 

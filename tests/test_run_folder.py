@@ -15,7 +15,15 @@ import pytest
 from sslvit import run_folder
 from sslvit.config import AlignConfig, EvaluateConfig, PretrainConfig, load_config
 from sslvit.errors import InputError, Resumable
-from sslvit.run_folder import Lock, RunFolder, add_results, default_output_dir, process_start, write_atomically
+from sslvit.run_folder import (
+    Lock,
+    RunFolder,
+    add_results,
+    default_output_dir,
+    is_disk_full,
+    process_start,
+    write_atomically,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")
 
@@ -71,11 +79,52 @@ def test_other_keys_are_refused_by_name(tmp_path, other):
 
 
 def test_a_config_of_before_a_key_existed_is_read_with_its_default(tmp_path):
-    opened(tmp_path / "run").release()
+    with opened(tmp_path / "run") as folder:
+        folder.finish()
     file = tmp_path / "run" / "config.yaml"
     file.write_text("".join(line for line in file.read_text().splitlines(True) if not line.startswith("seed")))
     opened(tmp_path / "run").release()
     assert "seed" in refusal(InputError, opened, tmp_path / "run", "seed=1")
+
+
+@pytest.mark.parametrize("trained", ["checkpoints/step_0000000", "stages/text", "cells/a.json", "finished.json"])
+def test_a_typo_can_be_corrected_until_something_was_learned(tmp_path, trained):
+    """The record is written before the data is opened; what was measured of other data does not stay."""
+    run = tmp_path / "run"
+    with opened(run, "data=/typo") as folder:
+        folder.write_json("statistics.json", {"mean": [0.5]})
+        (run / "checkpoints").mkdir()
+    with opened(run, "data=/right", "seed=1") as folder:
+        assert folder.read_json("statistics.json") is None and not folder.finished
+    assert load_config(PretrainConfig, run / "config.yaml").data == "/right"
+    (run / trained).parent.mkdir(exist_ok=True)
+    (run / trained).touch()
+    assert "data" in refusal(InputError, opened, run, "data=/other", "seed=1")
+    assert load_config(PretrainConfig, run / "config.yaml").data == "/right"
+
+
+def test_what_was_measured_stays_when_the_run_goes_on(tmp_path):
+    with opened(tmp_path / "run") as folder:
+        folder.write_json("statistics.json", {"mean": [0.5]})
+    with opened(tmp_path / "run", "num_workers=1") as folder:
+        assert folder.read_json("statistics.json") == {"mean": [0.5]}
+
+
+def test_auto_values_are_printed_once_with_their_reasons(tmp_path, capsys):
+    reasons = {"optim.lr": "0.001: rule\nof thumb", "batch_size": "small data"}
+    for _ in range(2):  # the second time the run goes on
+        with opened(tmp_path / "run") as folder:
+            folder.write_resolved(config("optim.lr=1e-3", "batch_size=64"), reasons)
+    assert capsys.readouterr().out.splitlines() == [
+        "auto: optim.lr   = 0.001  (rule of thumb)",
+        "auto: batch_size = 64     (small data)",
+    ]
+    assert "  lr: 0.001  # rule of thumb\n" in (tmp_path / "run" / "resolved.yaml").read_text()
+    with opened(tmp_path / "run") as folder:
+        folder.write_resolved(config("optim.lr=1e-3", "batch_size=32"), reasons)
+        assert "batch_size = 32" in capsys.readouterr().out
+        folder.write_resolved(config("optim.lr=1e-3"), {})
+    assert capsys.readouterr().out == ""
 
 
 def test_own_free_keys(tmp_path):
@@ -136,6 +185,11 @@ def test_overwrite_deletes_what_is_ours_and_nothing_else(tmp_path):
     (outside / "precious").write_text("x")
     (run / "checkpoints" / "step_1").mkdir(parents=True)
     (run / "vlm").symlink_to(outside)
+    (run / "encoder").symlink_to(tmp_path / "gone")
+    (run / ".export-x1").mkdir()
+    (run / ".export-x1" / "half").write_text("x")
+    for name in ("statistics.json", "bad_files.jsonl", "bad_files.rank1.jsonl"):
+        (run / name).write_text("{}")
     (run / "notes.txt").write_text("mine")
     opened(run / "control").release()
     (run / "control" / "my.txt").write_text("mine")
@@ -184,6 +238,52 @@ def test_other_ranks_write_nothing(tmp_path, monkeypatch, variable):
         with opened(tmp_path / "run", overwrite=True) as third:
             assert not third.finished  # whatever rank 0 has had time to delete
         assert sorted(os.listdir(tmp_path / "run")) == before
+
+
+@pytest.mark.parametrize("gone", [["env.json"], ["env.json", "config.yaml"]])
+def test_other_ranks_open_a_folder_that_rank_0_is_rewriting(tmp_path, monkeypatch, capsys, gone):
+    """At any moment of it: a folder that is no run folder just now is rank 0's to judge."""
+    run = tmp_path / "run"
+    opened(run).release()
+    (run / "checkpoints").mkdir()
+    for name in gone:
+        (run / name).unlink()
+    refusal(InputError, opened, run, overwrite=True)
+    monkeypatch.setenv("RANK", "1")
+    with opened(run, overwrite=True) as second:
+        assert second.record == run and not second.finished
+        second.write_resolved(config("steps=5"), {"steps": "small data"})
+    assert capsys.readouterr().out == "" and os.listdir(run).count("env.json") == 0
+
+
+@pytest.mark.parametrize("survived", range(5))
+def test_a_kill_while_starting_over_leaves_a_folder_of_ours(tmp_path, monkeypatch, survived):
+    """The old settings stand until everything that was learned with them is gone."""
+    run, deleted = tmp_path / "run", []
+    with opened(run) as folder:
+        folder.finish()
+    for name in ("checkpoints", "stages", "features"):
+        (run / name).mkdir()
+        (run / name / "x").touch()
+
+    def killed_after(call):
+        def counted(entry, *args, **options):
+            if len(deleted) == survived:
+                raise KeyboardInterrupt
+            deleted.append(entry)
+            call(entry, *args, **options)
+
+        return counted
+
+    with monkeypatch.context() as killing:
+        killing.setattr(Path, "unlink", killed_after(Path.unlink))
+        killing.setattr(run_folder.shutil, "rmtree", killed_after(run_folder.shutil.rmtree))
+        with pytest.raises(KeyboardInterrupt):
+            opened(run, "seed=1", overwrite=True)
+    if any((run / name).exists() for name in ("checkpoints", "stages", "finished.json")):
+        assert "seed" in refusal(InputError, opened, run, "seed=1")
+    else:
+        opened(run, "seed=1").release()
 
 
 # ---- the lock -------------------------------------------------------------------------------------------------------
@@ -319,6 +419,25 @@ def test_a_full_or_failing_disk_is_resumable_and_leaves_no_debris(tmp_path, monk
     message = refusal(Resumable, write_atomically, file, "new" * 100)
     assert str(file) in message and "300 bytes" in message
     assert file.read_text() == "old" and os.listdir(tmp_path) == ["results.json"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "x"),
+        OSError(errno.EDQUOT, "x"),
+        OSError("100000 requested and 7664 written"),  # numpy
+        OSError("Not enough free space to write 72000000 bytes after offset 128"),  # numpy
+        Exception("Error while serializing: I/O error: No space left on device (os error 28)"),  # safetensors
+    ],
+)
+def test_every_way_to_say_that_the_disk_is_full(error):
+    assert is_disk_full(error)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EACCES, "x"), ValueError("2 requested"), KeyError("x")])
+def test_other_errors_are_no_full_disk(error):
+    assert not is_disk_full(error)
 
 
 def test_a_kill_while_writing_leaves_the_old_file(tmp_path):
