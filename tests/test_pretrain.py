@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sslvit
 from sslvit.config import PretrainConfig, to_yaml
@@ -21,6 +22,7 @@ from sslvit.encoder.config import Preprocessing
 from sslvit.encoder.vit import forward_tokens
 from sslvit.errors import InputError
 from sslvit.objectives.config import DinoConfig, IbotConfig, KoleoConfig, MaeConfig
+from sslvit.objectives.passes import Draw
 from sslvit.objectives.pretraining import Pretraining
 from sslvit.objectives.recipe import DataFacts, resolve
 
@@ -264,3 +266,37 @@ def test_a_skipped_steps_sums_are_dropped():
     torch.testing.assert_close(
         module.objectives["dino"].centering.center, again.objectives["dino"].centering.center, atol=1e-7, rtol=0
     )
+
+
+ALL = {"dino": DinoConfig(), "ibot": IbotConfig(mask_prob=1.0), "koleo": KoleoConfig(), "mae": MaeConfig()}
+
+
+@pytest.mark.parametrize("masks_go_along", [True, False])
+def test_masks_are_where_the_crops_are(masks_go_along, monkeypatch):
+    """Torch's fake tensors stand for a GPU: shapes and devices are checked, nothing is computed. iBOT needs values."""
+    sections = {name: section for name, section in ALL.items() if name != "ibot"}
+    module, views = module_and_views(**sections)
+    monkeypatch.setattr(module, "_colour_crops", lambda crops, rows: crops.float())
+    if not masks_go_along:
+        monkeypatch.setattr("sslvit.objectives.pretraining.Draw", lambda seed, step, ids, device: Draw(seed, step, ids))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        module.to("cuda")
+        if masks_go_along:
+            assert module(views.to("cuda"), 0)[0].device.type == "cuda"
+        else:
+            with pytest.raises(RuntimeError, match="device"):
+                module(views.to("cuda"), 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_it_computes_what_the_cpu_computes():
+    results = []
+    for device in ("cpu", "cuda"):
+        module, views = module_and_views(**ALL)
+        loss, _ = module.to(device)(views.to(device), 0)
+        loss.backward()
+        module.after_step(0)
+        results.append([loss.detach(), module.student.norm.weight.grad, module.objectives["ibot"].centering.center])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(theirs.cpu(), ours, rtol=1e-3, atol=1e-4)

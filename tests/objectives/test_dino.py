@@ -162,3 +162,15 @@ def test_gradient_reaches_the_student_alone_and_prototypes_rest_at_first():
     dino.before_update(0)
     assert dino.student_head.prototypes.grad is None
     assert dino.student_head.mlp[0].weight.grad is not None
+
+
+def test_a_step_without_a_masked_patch_leaves_the_centre_where_it_is():
+    centering = Centering(4, "softmax", 0.9)
+    centering.center.copy_(torch.arange(4.0))
+    assert centering.targets(torch.zeros(0, 4), 0.04).shape == (0, 4)
+    centering.after_step()
+    assert torch.equal(centering.center, torch.arange(4.0))
+    centering.targets(torch.ones(2, 4), 0.04)
+    centering.after_step()
+    torch.testing.assert_close(centering.center, 0.9 * torch.arange(4.0) + 0.1)
+    assert sinkhorn(torch.zeros(0, 4), 0.04).shape == (0, 4)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from sslvit.objectives.ibot import block_mask
+from sslvit.objectives.config import IbotConfig
+from sslvit.objectives.ibot import Ibot, block_mask
 from sslvit.objectives.koleo import koleo_loss
 from sslvit.objectives.passes import Draw, keyed_uniform, num_visible
 
@@ -38,6 +39,14 @@ def test_visible_and_removed_partition_the_patches():
     assert masking.keep.shape == (6, 12)
     everything = torch.cat([masking.keep, masking.removed], 1).sort(1).values
     assert torch.equal(everything, torch.arange(49).expand(6, -1))
+
+
+def test_masks_are_drawn_with_the_ids_and_moved_to_the_device():
+    drawn = Draw(0, 0, torch.arange(6), torch.device("meta"))  # stands for a GPU
+    config = IbotConfig(num_prototypes=8, teacher_temperature=0.07, teacher_temperature_start=0.04)
+    for masking in (drawn.visible(0, 49, 12), Ibot(config, 8, (7, 7), 10, 2).masking(drawn, 0, 49)):
+        given = [t for t in (masking.keep, masking.removed, masking.mask) if t is not None]
+        assert given and {t.device.type for t in given} == {"meta"}
 
 
 @pytest.mark.parametrize("num_masked", [0, 1, 7, 40, 98])

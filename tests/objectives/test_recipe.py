@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from sslvit.config import PretrainConfig
+from sslvit.encoder.config import EncoderConfig
 from sslvit.errors import InputError
 from sslvit.objectives.config import DinoConfig, IbotConfig, KoleoConfig, MaeConfig
 from sslvit.objectives.recipe import DataFacts, resolve
@@ -70,3 +71,28 @@ def test_nonsense_is_refused_in_one_line(changes, words):
         resolve(config, DataFacts(1000, 64, 3, "cpu"))
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("patch", "side", "device", "size"),
+    [
+        (14, 500, "cpu", 56),
+        (14, 500, "cuda", 224),
+        (14, 30, "cuda", 42),
+        (32, 500, "cpu", 64),
+        (8, 40, "cpu", 32),
+        (None, 40, "cpu", 32),
+    ],
+)
+def test_the_size_is_a_multiple_of_a_given_patch_size(patch, side, device, size):
+    config = PretrainConfig(data="x", dino=DinoConfig(), encoder=EncoderConfig(patch_size=patch))
+    resolved, _ = resolve(config, DataFacts(5_000, side, 3, device))
+    assert resolved.encoder.image_size == size
+    assert resolved.crops.local_size % resolved.encoder.patch_size == 0
+
+
+def test_fp32_where_bf16_is_emulated():
+    config = PretrainConfig(data="x", mae=MaeConfig())
+    assert resolve(config, DataFacts(100, 64, 3, "cpu"))[0].precision == "bf16"
+    resolved, reasons = resolve(config, DataFacts(100, 64, 3, "cpu", native_bf16=False))
+    assert resolved.precision == "fp32" and "emulates" in reasons["precision"]
