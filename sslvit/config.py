@@ -124,6 +124,7 @@ class AlignConfig:
     device: str | None = None
     precision: str | None = None
     num_workers: int | None = None
+    max_bad_rate: float = 0.05  # as in pretraining
     overwrite: bool = False
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 

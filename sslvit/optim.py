@@ -22,7 +22,6 @@ def param_groups(
     module: nn.Module,
     weight_decay: float,
     layer_decay: float = 1.0,
-    patch_embed_lr_scale: float = 1.0,
     encoder_prefix: str = "",
 ) -> list[dict[str, Any]]:
     """Trainable parameters grouped by learning rate scale and weight decay, named for the checkpoint.
@@ -35,7 +34,7 @@ def param_groups(
     depth = 1 + max((_block_index(name, encoder_prefix) for name, _ in named), default=-1)
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in named:
-        lr_scale = _lr_scale(name, encoder_prefix, depth, layer_decay, patch_embed_lr_scale)
+        lr_scale = _lr_scale(name, encoder_prefix, depth, layer_decay)
         wd_scale = 0.0 if parameter.ndim <= 1 or name.rpartition(".")[2] in TOKENS else 1.0
         group = groups.setdefault(
             (lr_scale, wd_scale),
@@ -98,13 +97,11 @@ def _block_index(name: str, prefix: str) -> int:
     return int(match.group(1)) if match else -1
 
 
-def _lr_scale(name: str, prefix: str, depth: int, layer_decay: float, patch_embed_lr_scale: float) -> float:
+def _lr_scale(name: str, prefix: str, depth: int, layer_decay: float) -> float:
     if not name.startswith(prefix):
         return 1.0
     block = _block_index(name, prefix)
     if block >= 0:
         return layer_decay ** (depth - block)
     first = name[len(prefix) :].split(".")[0]
-    if first == "patch_embed":
-        return layer_decay ** (depth + 1) * patch_embed_lr_scale
-    return layer_decay ** (depth + 1) if first in TOKENS else 1.0
+    return layer_decay ** (depth + 1) if first in TOKENS | {"patch_embed"} else 1.0

@@ -10,10 +10,6 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-import torch
-
-from sslvit.distributed import all_reduce_max_, world_size
-
 __all__ = ["StopFlag"]
 
 WATCHED = ("SIGTERM", "SIGUSR2", "SIGINT")
@@ -22,7 +18,7 @@ WATCHED = ("SIGTERM", "SIGUSR2", "SIGINT")
 class StopFlag:
     """While entered, SIGTERM, SIGUSR2 and the first Ctrl-C are noted instead of acting; a second Ctrl-C interrupts.
 
-    In a thread other than the main one Python cannot watch signals; the flag then only answers `set()`.
+    In a thread other than the main one Python cannot watch signals; the flag then stays as it is.
     """
 
     def __init__(self) -> None:
@@ -49,16 +45,6 @@ class StopFlag:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, self._previous[signal.SIGINT])
 
-    def set(self, reason: str = "a request") -> None:
-        """Asks for a stop as a signal would."""
-        self.received = reason
-
     def is_set(self) -> bool:
         """Whether this process was asked to stop."""
         return self.received is not None
-
-    def agreed(self, device: torch.device | str = "cpu") -> bool:
-        """Whether any process was asked to stop; every process gets the same answer. A collective call."""
-        if world_size() == 1:
-            return self.is_set()
-        return bool(all_reduce_max_(torch.tensor(float(self.is_set()), device=device)).item())

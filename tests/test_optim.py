@@ -54,13 +54,12 @@ def dinov2_rate(name: str, decay: float, depth: int) -> float:
 
 def test_layer_decay_counts_as_published(vit: nn.Module) -> None:
     whole = nn.ModuleDict({"student": vit, "decoder": nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(2, 2)])})})
-    scales = placed(param_groups(whole, 0.04, layer_decay=0.8, patch_embed_lr_scale=0.2, encoder_prefix="student."))
+    scales = placed(param_groups(whole, 0.04, layer_decay=0.8, encoder_prefix="student."))
     for name, (scale, _) in scales.items():
         if name.startswith("decoder."):
             assert scale == 1.0
         else:
-            patch_embed = 0.2 if "patch_embed" in name else 1.0
-            assert math.isclose(scale, dinov2_rate(name, 0.8, 3) * patch_embed), name
+            assert math.isclose(scale, dinov2_rate(name, 0.8, 3)), name
 
 
 def test_frozen_parameters_are_left_out(vit: nn.Module) -> None:

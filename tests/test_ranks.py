@@ -28,7 +28,7 @@ def begin_alone(folder: Path) -> None:
     def stopping(step: int) -> None:
         after_step(step)
         if step == 4:
-            stop.set()
+            stop.received = "SIGTERM"
 
     module.after_step = stopping  # type: ignore[method-assign]
     with pytest.raises(Resumable):
@@ -83,12 +83,13 @@ def test_a_run_of_one_process_goes_on_with_two_and_with_one_again(
 def test_torchrun_starts_us(tmp_path: Path) -> None:
     script = tmp_path / "job.py"
     script.write_text(
+        "import os\n"
         "import torch\n"
         "from sslvit import distributed\n"
         "distributed.init('cpu')\n"
         "distributed.init('cpu')\n"
         "total = distributed.all_reduce_sum_(torch.tensor(distributed.rank() + 1.0))\n"
-        "print(distributed.world_size(), float(total))\n"
+        "os.write(1, f'{distributed.world_size()} {float(total)}\\n'.encode())\n"
         "distributed.shutdown()\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]

@@ -39,7 +39,7 @@ class Interrupted(Toy):
         if step == self.at:
             if self.stop is None:
                 raise Crash
-            self.stop.set("SIGTERM")
+            self.stop.received = "SIGTERM"
 
 
 def run_interrupted(folder: Path, at: int, kind: str, poison: frozenset[int] = frozenset(), **options: Any) -> None:
@@ -111,7 +111,7 @@ def test_a_finished_run_returns_at_once(tmp_path: Path) -> None:
 
 def test_asked_to_stop_before_the_first_step(tmp_path: Path) -> None:
     stop = StopFlag()
-    stop.set("SIGUSR2")
+    stop.received = "SIGUSR2"
     with pytest.raises(Resumable, match=r"stopped by SIGUSR2 after step 0, saved in .*step_0000000"):
         run(tmp_path, stop=stop)
     assert checkpoint_steps(tmp_path / "checkpoints") == [0]
@@ -375,6 +375,13 @@ def test_an_error_of_the_module_comes_out_as_it_is_and_the_write_ends(tmp_path: 
     with pytest.raises(Crash):
         run(tmp_path, module=Interrupted(4), checkpoint_every=1)
     assert latest_checkpoint(tmp_path / "checkpoints") == checkpoint_path(tmp_path / "checkpoints", 4)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_value_that_is_no_number_is_never_the_best(tmp_path: Path, bad: float) -> None:
+    values = {0: bad, 5: 0.9, 10: bad, 12: 0.5}
+    progress = run(tmp_path, periodic=lambda step: {"knn": values[step]}, periodic_every=5, best="knn")
+    assert (progress.best_step, progress.best_value) == (5, 0.9)
 
 
 def test_the_periodic_evaluation_and_the_best_checkpoint(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ class Draw:
     seed: int
     step: int
     sample_ids: Tensor  # (B,) int64
-    device: torch.device = torch.device("cpu")
+    device: torch.device | str = "cpu"
 
     def noise(self, view: int, num: int, purpose: int = 0) -> Tensor:
         """Uniform (B, num)."""

@@ -1,4 +1,4 @@
-"""Retrieval among the validation images, each in turn the query, and near-duplicates. No training set is involved.
+"""Retrieval among the validation images, each in turn the query. No training set is involved.
 
 R@k: the share of queries with an image of their class among the k nearest (cosine). mAP@R: R is the number of other
 images of the query's class; the mean over ranks 1..R of the precision at each rank that holds one of them, divided
@@ -38,17 +38,3 @@ def average_precision_at_r(relevant: np.ndarray, num_relevant: np.ndarray) -> np
     hits = relevant & (ranks <= r[:, None])
     precision = np.cumsum(hits, axis=1) / ranks
     return (precision * hits).sum(axis=1) / r
-
-
-def near_duplicates(features: np.ndarray, similarity: float = 0.98, k: int = 10) -> list[tuple[int, int, float]]:
-    """Pairs (i, j, cosine), i < j, of `features` (n, D) at least that similar, among each image's k nearest."""
-    if len(features) < 2:
-        return []
-    similarities, indices = nearest(features, features, min(k + 1, len(features)))
-    pairs = {
-        (min(i, int(j)), max(i, int(j))): float(s)
-        for i, (near, like) in enumerate(zip(indices, similarities, strict=True))
-        for j, s in zip(near, like, strict=True)
-        if s >= similarity and i != j
-    }
-    return sorted(((i, j, s) for (i, j), s in pairs.items()), key=lambda pair: (-pair[2], pair[:2]))

@@ -95,7 +95,8 @@ class Workshop:
 
     def images(self, encoder: LoadedEncoder, pairs: Pairs | None = None) -> PairImages:
         """Images of the pairs (those to learn from, if none are named) as this encoder wants them."""
-        return PairImages(self.pairs if pairs is None else pairs, encoder.preprocessing, self.bad_files)
+        chosen = self.pairs if pairs is None else pairs
+        return PairImages(chosen, encoder.preprocessing, self.bad_files, self.config.num_workers)
 
     def runtime_in(self, path: Path) -> Runtime:
         """How steps are run for the model of `path`: a control keeps its own metrics."""
@@ -117,7 +118,7 @@ def _run(config: AlignConfig, folder: RunFolder, device: torch.device) -> None:
     encoder = load_encoder(str(config.encoder))
     resolved, reasons = resolve(config, len(pairs))
     folder.write_resolved(resolved, reasons)
-    bad_files = BadFiles(folder.path / "bad_files.jsonl")
+    bad_files = BadFiles(folder.path / "bad_files.jsonl", max_bad_rate=config.max_bad_rate)
     checkpoint = resolved.checkpoint
     with StopFlag() as stop:
         runtime = Runtime(

@@ -19,8 +19,10 @@ from torch import Tensor
 from sslvit import distributed
 from sslvit.data.crops import eval_transform, rng
 from sslvit.data.decode import BadFiles, BadImage, decode
+from sslvit.data.loader import default_workers
 from sslvit.data.pairs import Pairs
 from sslvit.data.turns import Turn
+from sslvit.data.workers import Workers
 from sslvit.encoder.config import Preprocessing
 from sslvit.errors import InputError
 from sslvit.vlm.blocks import Blocks, TokenTurn, lay_out
@@ -33,12 +35,21 @@ CHUNK = 64  # images the encoder reads at once where it is frozen
 
 
 class PairImages:
-    """Images of pairs as the encoder wants them, (C, H, W) uint8; kept in memory when all of them fit."""
+    """Images of pairs as the encoder wants them, (C, H, W) uint8; kept in memory when all of them fit.
 
-    def __init__(self, pairs: Pairs, preprocessing: Preprocessing, bad_files: BadFiles):
+    `bad_files` counts each image once, good or bad, however often it comes. num_workers: threads that decode; None
+    means as many as in pretraining.
+    """
+
+    def __init__(
+        self, pairs: Pairs, preprocessing: Preprocessing, bad_files: BadFiles, num_workers: int | None = None
+    ) -> None:
         self.pairs = pairs
         self.preprocessing = preprocessing
         self.bad_files = bad_files
+        self.num_workers = default_workers() if num_workers is None else num_workers
+        self._good: set[int] = set()
+        self._bad: dict[int, str] = {}  # the reasons
         size = preprocessing.channels * preprocessing.image_size**2
         fits = len(pairs) * size <= IN_MEMORY
         self._kept: dict[int, Tensor] | None = {} if fits else None
@@ -50,20 +61,36 @@ class PairImages:
         """Image `index`; raises BadImage when it cannot be read, after noting its name."""
         if self._kept is not None and index in self._kept:
             return self._kept[index]
+        if index in self._bad:
+            raise BadImage(self._bad[index])
         try:
             pixels = decode(self.pairs.read(index), channels=self.preprocessing.channels)
-        except BadImage as error:
+        except (BadImage, OSError) as error:
+            self._bad[index] = str(error)
             self.bad_files.add(self.pairs.name(index), str(error))
-            raise
+            raise BadImage(str(error)) from error
+        if index not in self._good:
+            self._good.add(index)
+            self.bad_files.saw()
         image = eval_transform(pixels, self.preprocessing)
         if self._kept is not None:
             self._kept[index] = image
         return image
 
-    def readable(self, index: int) -> tuple[int, Tensor]:
-        """Image `index`, or the next one that can be read, with its number."""
+    def readable_all(self, indices: Sequence[int]) -> list[tuple[int, Tensor]]:
+        """`readable` of several at once, in their order; those that are not in memory by `num_workers` threads."""
+        missing = [index for index in indices if self._kept is None or index not in self._kept]
+        with Workers(min(self.num_workers, len(missing)), self.pairs.name) as workers:
+            jobs = {index: workers.submit(self.readable, index) for index in dict.fromkeys(missing)}
+            read = {index: workers.wait(job) for index, job in jobs.items()}
+        return [read[index] if index in read else self.readable(index) for index in indices]
+
+    def readable(self, index: int, report: Callable[[int], None] | None = None) -> tuple[int, Tensor]:
+        """Image `index`, or the next one that can be read, with its number; `report` hears which is being read."""
         for step in range(len(self)):
             number = (index + step) % len(self)
+            if report is not None:
+                report(number)
             try:
                 return number, self.get(number)
             except BadImage:
@@ -161,15 +188,13 @@ class PairBatches:
     def _batch(self, places: range) -> PairBatch:
         share = self.batch_size // distributed.world_size()
         mine = places[distributed.rank() * share : (distributed.rank() + 1) * share]
-        numbers, pixels, rows = [], [], []
-        for place in mine:
-            epoch, index = divmod(place, len(self.images))
-            number = int(self._permutation(epoch)[index])
-            if self.see != "nothing":
-                number, image = self.images.readable(number)
-                pixels.append(image)
-            numbers.append(number)
-            rows.append(self._turns(epoch, number))
+        epochs, indices = zip(*(divmod(place, len(self.images)) for place in mine), strict=True)
+        numbers = [int(self._permutation(epoch)[index]) for epoch, index in zip(epochs, indices, strict=True)]
+        pixels: list[Tensor] = []
+        if self.see != "nothing":
+            read = self.images.readable_all(numbers)
+            numbers, pixels = [number for number, _ in read], [image for _, image in read]
+        rows = [self._turns(epoch, number) for epoch, number in zip(epochs, numbers, strict=True)]
         blocks = lay_out(rows, self.chat.end_id, self.chat.pad_id, whole=self.whole)
         if self.see == "tokens":
             return PairBatch(None, self._frozen_tokens()[numbers].float(), blocks)
@@ -192,7 +217,7 @@ class PairBatches:
             assert self.encode is not None
             chunks = []
             for start in range(0, len(self.images), CHUNK):
-                stop = min(start + CHUNK, len(self.images))
-                chunks.append(self.encode(torch.stack([self.images.readable(i)[1] for i in range(start, stop)])).cpu())
+                read = self.images.readable_all(range(start, min(start + CHUNK, len(self.images))))
+                chunks.append(self.encode(torch.stack([image for _, image in read])).cpu())
             self._tokens = torch.cat(chunks)
         return self._tokens

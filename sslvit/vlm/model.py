@@ -18,6 +18,8 @@ from sslvit.encoder.vit import Encoder, forward_tokens
 from sslvit.vlm.blocks import IGNORED, Blocks, attention_mask, positions
 from sslvit.vlm.language import body_and_head
 
+UNREAD = ("norm.", "fc_norm.", "attn_pool.", "head.")  # what an encoder does after its blocks: not in `image_tokens`
+
 
 def image_tokens(encoder: Encoder, images: Tensor) -> Tensor:
     """What the connector reads, (B, P, D): class token, registers and patches before the final norm.

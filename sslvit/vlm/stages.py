@@ -24,7 +24,7 @@ from sslvit.vlm.batches import IN_MEMORY, PairBatch, PairBatches, PairImages
 from sslvit.vlm.blocks import IGNORED
 from sslvit.vlm.chat import Chat
 from sslvit.vlm.config import StageConfig
-from sslvit.vlm.model import VisionLanguage, answer_loss, image_tokens
+from sslvit.vlm.model import UNREAD, VisionLanguage, answer_loss, image_tokens
 
 PARTS = ("encoder", "connector", "lm")
 
@@ -200,7 +200,7 @@ class _Encode:
 
 def encoded(model: VisionLanguage, images: PairImages, numbers: list[int], device: torch.device) -> Tensor:
     """Image tokens (n, P, D) of some images (unreadable ones stand for the next readable)."""
-    return _Encode(model, images, device)(torch.stack([images.readable(i)[1] for i in numbers]))
+    return _Encode(model, images, device)(torch.stack([image for _, image in images.readable_all(numbers)]))
 
 
 def check_first_batch(name: str, batches: PairBatches) -> None:
@@ -225,7 +225,8 @@ def _prepare(model: VisionLanguage, config: StageConfig, device: torch.device) -
         if part is not None:
             adapters = hasattr(part, "peft_config")
             for parameter_name, parameter in part.named_parameters():
-                parameter.requires_grad_(learns[name] and (not adapters or "lora_" in parameter_name))
+                read = name != "encoder" or not parameter_name.startswith(UNREAD)
+                parameter.requires_grad_(learns[name] and read and (not adapters or "lora_" in parameter_name))
     return learns
 
 

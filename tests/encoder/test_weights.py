@@ -373,6 +373,23 @@ def test_the_form_of_ours_takes_original_weights_without_changing_the_function()
     assert difference(folded, scaled) < 1e-5
 
 
+def test_what_did_not_fit_is_printed_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = dict(plain().state_dict())
+    torch.save(state, tmp_path / "whole.pth")
+    del state["norm.bias"]
+    torch.save(state, tmp_path / "part.pth")
+    load_encoder(str(tmp_path / "whole.pth"))
+    assert capsys.readouterr().out == ""
+    load_encoder(str(tmp_path / "part.pth"))
+    told = capsys.readouterr().out
+    assert "part.pth" in told and "1 missing" in told and "missing: norm.bias" in told
+    monkeypatch.setattr("sslvit.encoder.weights.distributed.is_main", lambda: False)
+    load_encoder(str(tmp_path / "part.pth"))
+    assert capsys.readouterr().out == ""
+
+
 def test_init_encoder_builds_the_config_and_fills_it(tmp_path: Path) -> None:
     torch.save(dict(plain().state_dict()), tmp_path / "dino.pth")
     config = EncoderConfig("vit_tiny_patch16_224", 8, 64, True, 4, 1, 64, 2, 1)

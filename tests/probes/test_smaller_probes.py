@@ -54,16 +54,6 @@ def test_leave_one_out_never_finds_itself():
     assert retrieval.leave_one_out(features[:3]).shape == (3, 2)
 
 
-def test_near_duplicates_are_found_once_with_their_similarity():
-    features = normal(40, 16)
-    features[7] = features[3] * 2
-    features[9] = features[5] + 0.01 * normal(16, seed=4)
-    pairs = retrieval.near_duplicates(features)
-    assert [(i, j) for i, j, _ in pairs] == [(3, 7), (5, 9)]
-    assert pairs[0][2] == pytest.approx(1.0, abs=1e-5)
-    assert retrieval.near_duplicates(features[:1]) == []
-
-
 # ---- clusters -------------------------------------------------------------------------------------------------------
 
 

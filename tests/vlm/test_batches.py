@@ -1,5 +1,6 @@
 """The stream of training batches: keyed order, keyed turns, exact seeking, frozen tokens."""
 
+import threading
 from collections import Counter
 
 import numpy as np
@@ -138,6 +139,48 @@ def test_unreadable_images_are_named_and_replaced(tmp_path):
     assert sums[five] == 3, "3 and 4 are replaced by the next that can be read"
     with pytest.raises(InputError, match="can be read"):
         take(stream(tmp_path, broken_pairs(set(range(20)))), 1)
+
+
+def visited(tmp_path, num_images, broken, epochs, **limits):
+    """The counters after some epochs over images that are not kept in memory."""
+    scenes = open_pairs(f"scenes:?n={num_images}&size=32")
+    pairs = Pairs(Broken(scenes.source, broken), [(i,) for i in range(num_images)], scenes.turns)
+    images = PairImages(pairs, Preprocessing(32), BadFiles(tmp_path / "bad_files.jsonl", **limits), num_workers=2)
+    images._kept = None
+    for _ in range(epochs):
+        read = images.readable_all(range(num_images))
+    assert [number for number, _ in read] == [n + 1 if n in broken else n for n in range(num_images)]
+    return images.bad_files
+
+
+def test_each_image_counts_once_good_or_bad(tmp_path):
+    bad_files = visited(tmp_path, 20, {3}, epochs=8)
+    assert bad_files.num_seen == 20 and set(bad_files.reasons) == {"3.jpg"}
+    bad_files = visited(tmp_path, 120, {3, 50, 90}, epochs=2)
+    assert bad_files.num_seen == 120
+    with pytest.raises(InputError, match="limit 1%"):
+        visited(tmp_path, 120, {3, 50, 118}, epochs=1, max_bad_rate=0.01)
+
+
+def test_a_file_that_is_gone_is_a_bad_image(tmp_path):
+    pairs = broken_pairs(set())
+    pairs.source.read = lambda i: (tmp_path / "gone.jpg").read_bytes() if i == 3 else open_pairs(SPEC).read(i)
+    images = images_of(tmp_path, pairs)
+    assert images.readable(3)[0] == 4 and list(images.bad_files.reasons) == ["3.jpg"]
+
+
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_threads_decode_what_is_not_in_memory_and_change_nothing(tmp_path, num_workers):
+    one, many = images_of(tmp_path), images_of(tmp_path)
+    many.num_workers, threads, read = num_workers, set(), many.pairs.source.read
+    many.pairs.source.read = lambda i: threads.add(threading.current_thread().name) or read(i)
+    wanted = [7, 2, 2, 19, 7]
+    for _ in range(2):
+        got = many.readable_all(wanted)
+        assert [number for number, _ in got] == wanted
+        assert all(image.equal(one.get(number)) for number, image in got)
+        assert threads == {"loader" if num_workers else "MainThread"}
+    assert len(many._kept) == 3
 
 
 def test_frozen_tokens_are_made_once_and_belong_to_their_images(tmp_path):

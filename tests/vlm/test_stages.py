@@ -18,16 +18,16 @@ from sslvit.vlm.connectors import MlpConnector
 from sslvit.vlm.language import bundled_chat, bundled_language
 from sslvit.vlm.model import VisionLanguage
 from sslvit.vlm.sees import set_exam, sit
-from sslvit.vlm.stages import Runtime, StageSchedule, make_batches, run_stage
+from sslvit.vlm.stages import Runtime, Stage, StageSchedule, _prepare, make_batches, run_stage
 
 ENCODER = "vit_tiny_patch16_224?pretrained=false&img_size=32&patch_size=8&embed_dim=32&depth=1&num_heads=2"
 CPU = torch.device("cpu")
 
 
-def network():
+def network(form=""):
     config = LanguageConfig(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64, max_length=128)
     language = bundled_language(small_tokenizer(), config, 0)
-    return VisionLanguage(load_encoder(ENCODER).module, MlpConnector(32, 32), language.lm, [])
+    return VisionLanguage(load_encoder(ENCODER + form).module, MlpConnector(32, 32), language.lm, [])
 
 
 def images_of(tmp_path, spec):
@@ -54,6 +54,21 @@ def test_only_parts_with_a_rate_change(tmp_path, rates, learns):
     run_stage("instruct", config, model, images, chat, tmp_path / "stage", runtime(tmp_path))
     changed = {name.split(".")[0] for name, tensor in model.state_dict().items() if not tensor.equal(before[name])}
     assert changed == learns
+
+
+@pytest.mark.parametrize("rates", [{"connector_lr": 1e-2}, {"connector_lr": 1e-2, "lm_lr": 1e-2, "encoder_lr": 1e-2}])
+@pytest.mark.parametrize("form", ["", "&reg_tokens=2", "&class_token=false&global_pool=avg&fc_norm=true"])
+def test_every_parameter_that_learns_gets_a_gradient(tmp_path, rates, form):
+    """With several processes a parameter without one stops the run (training.py)."""
+    model = network(form)
+    config = StageConfig(steps=1, batch_size=4, num_turns=3, **rates)
+    images, chat = images_of(tmp_path, "scenes:?n=8&size=32"), bundled_chat(small_tokenizer())
+    learns = _prepare(model, config, CPU)
+    batch, _ = next(iter(make_batches("instruct", config, model, images, chat, runtime(tmp_path))))
+    stage = Stage(model, learns, images.preprocessing.mean, images.preprocessing.std)
+    stage(batch, 0)[0].backward()
+    trainable = {name: parameter for name, parameter in stage.named_parameters() if parameter.requires_grad}
+    assert trainable and [name for name, parameter in trainable.items() if parameter.grad is None] == []
 
 
 def test_rates_follow_the_schedule_and_keep_their_shares():
