@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from sslvit.config import (
     AlignConfig,
+    EmbedConfig,
     EvaluateConfig,
     PretrainConfig,
     as_dict,
@@ -23,7 +24,7 @@ from sslvit.config import (
     parse_overrides,
 )
 from sslvit.errors import EXIT_BUG, EXIT_INPUT, EXIT_RESUMABLE, InputError, Resumable
-from sslvit.run_folder import default_output_dir
+from sslvit.run_folder import default_output_dir, is_disk_full
 
 EXPORT_FORMATS = ("timm", "hf", "siglip", "open_clip", "onnx", "safetensors")
 EMBED_KEYS = ("batch_size", "device", "precision", "num_workers")
@@ -34,14 +35,12 @@ EXTRAS = {
     "transformers": "vlm",
     "tokenizers": "vlm",
     "peft": "vlm",
-    "cv2": "fast",
     "matplotlib": "report",
     "tensorboard": "report",
     "onnx": "onnx",
     "onnxscript": "onnx",
     "onnxruntime": "onnx",
     "open_clip": "openclip",
-    "fsspec": "remote",
 }
 
 
@@ -107,6 +106,8 @@ def explain(error: BaseException) -> tuple[int, str] | None:
         return EXIT_BUG, " ".join(str(error).split())
     if isinstance(error, ModuleNotFoundError) and (extra := EXTRAS.get((error.name or "").partition(".")[0])):
         return EXIT_INPUT, f"{error.name} is not installed; pip install 'sslvit[{extra}]'"
+    if is_disk_full(error):
+        return EXIT_RESUMABLE, f"{' '.join(str(error).split())}; make room and give the same command again"
     return None
 
 
@@ -218,6 +219,7 @@ def _embed_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--encoder", "--pretrained-weights", metavar="E", required=True)
     parser.add_argument("--data", metavar="SPEC", required=True)
     parser.add_argument("--output-file", metavar="F", required=True, help="F.npz or F.parquet")
+    parser.add_argument("--index", action="store_true", help="also F.faiss: an index of the unit-length features")
     parser.add_argument("keys", nargs="*", metavar="key=value", help=", ".join(EMBED_KEYS))
 
 
@@ -227,9 +229,11 @@ def _embed_command(options: argparse.Namespace) -> Command:
             raise InputError(f"unknown key {text.partition('=')[0]!r}; embed knows {', '.join(EMBED_KEYS)}")
     if Path(options.output_file).suffix not in (".npz", ".parquet"):
         raise InputError(f"--output-file {options.output_file} must end in .npz or .parquet")
-    keys = parse_overrides(EvaluateConfig, options.keys)
     given = {"encoder": options.encoder, "data": options.data, "output_file": options.output_file}
-    return Command("embed", (), given | keys, default_output_dir("embed", options.encoder, options.data))
+    given |= {"index": True} if options.index else {}
+    given |= parse_overrides(EmbedConfig, options.keys)
+    check_config(load_config(EmbedConfig, None, given))
+    return Command("embed", (), given, default_output_dir("embed", options.encoder, options.data))
 
 
 def _export_options(parser: argparse.ArgumentParser) -> None:
@@ -347,7 +351,7 @@ VERBS: dict[str, Verb] = {
         EvaluateConfig,
     ),
     "embed": Verb(
-        "sslvit embed --encoder E --data SPEC --output-file F.npz|F.parquet [key=value ...]",
+        "sslvit embed --encoder E --data SPEC --output-file F.npz|F.parquet [--index] [key=value ...]",
         "One feature vector per image, in a file.",
         _embed_options,
         _embed_command,

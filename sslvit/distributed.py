@@ -25,6 +25,7 @@ __all__ = [
     "all_reduce_sum_",
     "barrier",
     "broadcast_object",
+    "choose_device",
     "init",
     "is_main",
     "local_rank",
@@ -42,7 +43,7 @@ def init(device: str | None = None) -> torch.device:
 
     device: "cpu", "cuda", "cuda:1" ...; None takes CUDA when there is one. InputError if it is not there.
     """
-    chosen = _choose_device(device)
+    chosen = choose_device(device)
     environment = _rendezvous(os.environ)
     if environment is not None and not dist.is_initialized():
         os.environ.update(environment)
@@ -127,7 +128,8 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
-def _choose_device(device: str | None) -> torch.device:
+def choose_device(device: str | None) -> torch.device:
+    """The device a name means in this process; None takes CUDA when there is one. InputError if it is not there."""
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(name)
@@ -138,6 +140,8 @@ def _choose_device(device: str | None) -> torch.device:
             raise InputError(f"device={name!r}, but this machine has no usable CUDA device; use device=cpu")
         if chosen.index is None:
             chosen = torch.device("cuda", local_rank() % torch.cuda.device_count())
+        elif chosen.index >= torch.cuda.device_count():
+            raise InputError(f"device={name!r}, but this machine's last one is cuda:{torch.cuda.device_count() - 1}")
         torch.cuda.set_device(chosen)
     return chosen
 

@@ -1,5 +1,6 @@
 """The command line: words become checked commands, mistakes become one line and exit code 2, without torch."""
 
+import errno
 import subprocess
 import sys
 
@@ -67,6 +68,12 @@ COMMANDS = [
         "embed",
         (),
         {"encoder": "r", "data": "d", "output_file": "f.npz", "batch_size": 8, "device": "cpu"},
+    ),
+    (
+        ["embed", "--encoder", "r", "--data", "d", "--output-file", "f.npz", "--index"],
+        "embed",
+        (),
+        {"encoder": "r", "data": "d", "output_file": "f.npz", "index": True},
     ),
     (["export", "r", "--output-dir", "o"], "export", ("r",), {"output_dir": "o", "formats": ("timm", "hf")}),
     (
@@ -152,6 +159,12 @@ MISTAKES = [
     (["embed", "--encoder", "x"], ["--data"]),
     (["embed", "--encoder", "x", "--data", "y", "--output-file", "f.csv"], [".npz"]),
     (["embed", "--encoder", "x", "--data", "y", "--output-file", "f.npz", "steps=3"], ["steps", "batch_size"]),
+    (["embed", "--encoder", "x", "--data", "y", "--output-file", "f.npz", "batch_size=0"], ["batch_size"]),
+    (["embed", "--encoder", "x", "--data", "y", "--output-file", "f.npz", "batch_size=abc"], ["batch_size", "abc"]),
+    (["embed", "--encoder", "x", "--data", "y", "--output-file", "f.npz", "device=gpu"], ["device", "gpu", "cuda"]),
+    (["embed", "--encoder", "x", "--data", "y", "--output-file", "f.npz", "precision=fp16"], ["fp16", "bf16"]),
+    (["evaluate", "--encoder", "a", "--train-dataset", "b", "--val-dataset", "c", "device=gpu"], ["device", "gpu"]),
+    (["align", "encoder=x", "data=y", "language.num_heads=0"], ["language.num_heads"]),
     (["export", "r"], ["--output-dir"]),
     (["export", "r", "--output-dir", "o", "--formats", "tensorflow"], ["tensorflow", "timm"]),
     (["align", "data=x"], ["encoder"]),
@@ -186,6 +199,12 @@ ENDINGS = [
     (Resumable("stopped by SIGTERM"), 75, "sslvit doctor: stopped by SIGTERM\n"),
     (KeyboardInterrupt(), 75, "sslvit doctor: interrupted; the same command goes on from the last checkpoint\n"),
     (ModuleNotFoundError("no", name="transformers.x"), 2, "pip install 'sslvit[vlm]'\n"),
+    (OSError(errno.ENOSPC, "No space left on device", "f"), 75, "'f'; make room and give the same command again\n"),
+    (
+        RuntimeError("I/O error: No space left on device (os error 28)"),
+        75,
+        "make room and give the same command again\n",
+    ),
     (JobFailed("job 3 failed"), 1, "sslvit doctor: job 3 failed\n"),
 ]
 
@@ -202,7 +221,13 @@ def test_exit_codes(monkeypatch, capsys, error, code, line):
 
 
 @pytest.mark.parametrize(
-    "error", [ZeroDivisionError("a bug"), ValueError("x"), ModuleNotFoundError("x", name="sslvit.y")]
+    "error",
+    [
+        OSError(errno.EACCES, "x"),
+        ZeroDivisionError("a bug"),
+        ValueError("x"),
+        ModuleNotFoundError("x", name="sslvit.y"),
+    ],
 )
 def test_bugs_keep_their_traceback(monkeypatch, error):
     def fail():

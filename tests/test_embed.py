@@ -3,6 +3,7 @@
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 import sslvit
@@ -11,7 +12,9 @@ from sslvit.encoder.weights import load_encoder
 from sslvit.errors import InputError
 from sslvit.probes.features import Examples, Extraction, default_precision
 from sslvit.probes.knn import nearest
+from sslvit.run_folder import is_disk_full
 
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 ENCODER = "vit_tiny_patch16_224?pretrained=false&seed=1&img_size=32&patch_size=8&depth=2&embed_dim=24&num_heads=2"
 DATA = "scenes:?n=12&size=32&objects=1&label=shape"
 
@@ -81,9 +84,23 @@ def test_index_finds_neighbours(tmp_path):
         ({"output_file": "/proc/f.npz"}, "cannot write"),
         ({"data": "/nowhere"}, "nowhere"),
         ({"encoder": "vit_tinny"}, "vit_tinny"),
+        ({"device": "gpu"}, "device"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"batch_size": "abc"}, "batch_size"),
+        ({"precision": "fp16"}, "precision"),
+        ({"num_workers": -1}, "num_workers"),
+        pytest.param({"device": "cuda"}, "no usable CUDA", marks=NO_GPU),
     ],
 )
 def test_wrong_input_is_named(tmp_path, keys, message):
     settings = {"encoder": ENCODER, "data": DATA, "output_file": tmp_path / "f.npz", "num_workers": 0, **keys}
     with pytest.raises(InputError, match=message):
         sslvit.embed(**settings)
+
+
+def test_a_full_disk_is_no_wrong_input(tmp_path, monkeypatch):
+    """It leaves neither file nor debris, and is told apart from a wrong place."""
+    monkeypatch.setattr(np, "savez", lambda *a, **k: (_ for _ in ()).throw(OSError("12 requested and 3 written")))
+    with pytest.raises(OSError, match="12 requested") as caught:
+        sslvit.embed(encoder=ENCODER, data=DATA, output_file=tmp_path / "f.npz", num_workers=0)
+    assert is_disk_full(caught.value) and not list(tmp_path.iterdir())

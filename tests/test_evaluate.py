@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import sslvit
@@ -11,6 +12,7 @@ from sslvit.errors import InputError
 from sslvit.probes import measure as measuring
 from sslvit.probes import protocols
 from sslvit.probes.config import PROTOCOLS
+from sslvit.run_folder import is_disk_full
 from sslvit.verbs import evaluate as verb
 
 ENCODER = "vit_tiny_patch16_224?pretrained=false&seed=1&img_size=32&patch_size=8&depth=2&embed_dim=24&num_heads=2"
@@ -273,3 +275,69 @@ def test_a_guest_in_a_run_folder_leaves_the_run_alone(tmp_path):
     evaluate(tmp_path, overwrite=True)
     with RunFolder.open(tmp_path / "out", "pretrain", config):
         pass
+
+
+def test_the_device_is_looked_for_before_the_data(tmp_path):
+    with pytest.raises(InputError, match="device"):
+        evaluate(tmp_path, train="/nowhere", device="gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="no usable CUDA"):
+            evaluate(tmp_path, train="/nowhere", device="cuda")
+
+
+class Bands:
+    """Twelve images of five bands, of two classes."""
+
+    def __init__(self):
+        self.spec, self.has_text = "bands:", False
+        self.labels, self.class_names = {"label": np.arange(12) % 2}, {"label": ["a", "b"]}
+
+    def __len__(self):
+        return 12
+
+    def name(self, index):
+        return str(index)
+
+    def read(self, index):
+        return np.random.default_rng(index).integers(0, 255, (32, 32, 5), dtype=np.uint8)
+
+
+def test_pixels_are_skipped_where_there_is_no_rgb(tmp_path, capsys, monkeypatch):
+    """The encoder and its random twin are judged, and a sentence says what is not."""
+    monkeypatch.setattr(verb, "open_source", lambda spec: Bands())
+    rows = sslvit.evaluate(
+        encoder=f"{ENCODER}&in_chans=5",
+        train_dataset="bands:",
+        val_dataset="bands:",
+        output_dir=tmp_path / "out",
+        **QUICK | {"protocol": "knn", "controls": "random_init,pixels"},
+    )
+    names = set(by_name(rows))
+    assert {"knn/top1", "knn/random_init/top1"} <= names and "knn/pixels/top1" not in names
+    assert "pixels: skipped" in capsys.readouterr().out
+
+
+def test_a_step_chosen_on_validation_images_says_so(tmp_path, monkeypatch):
+    """RUN@best and RUN@step_N may be the same weights; the number of the first was chosen, and its row tells."""
+    load = verb.load_encoder
+    monkeypatch.setattr(verb, "load_encoder", lambda spec, **options: load(ENCODER, **options))
+    told = {}
+    for spec in ("run@best", "run@step_5"):
+        rows = sslvit.evaluate(
+            encoder=spec,
+            train_dataset=TRAIN,
+            val_dataset=VAL,
+            output_dir=tmp_path / "out",
+            **QUICK | {"protocol": "knn", "controls": "random_init"},
+        )
+        told[spec] = [name for name, row in by_name(rows).items() if "the run's best by k-NN" in row["protocol"]]
+    assert "knn/top1" in told["run@best"] and "knn/random_init/top1" not in told["run@best"]
+    assert told["run@step_5"] == []
+
+
+def test_a_full_disk_leaves_no_half_features(tmp_path, monkeypatch):
+    monkeypatch.delenv("SSLVIT_CACHE", raising=False)
+    monkeypatch.setattr(np, "save", lambda *a, **k: (_ for _ in ()).throw(OSError("100 requested and 3 written")))
+    with pytest.raises(OSError, match="100 requested") as caught:
+        evaluate(tmp_path)
+    assert is_disk_full(caught.value) and not list((tmp_path / "out" / "features").iterdir())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,3 +65,11 @@ def test_what_is_refused_leaves_nothing(run: str, formats: str, words: str, tmp_
     with pytest.raises(InputError, match=words):
         export(run, output_dir=tmp_path / "out", formats=formats)
     assert not (tmp_path / "out").exists()
+
+
+def test_leftovers_of_a_killed_export_are_removed_and_of_a_running_one_kept(tmp_path: Path) -> None:
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    for name in (f".export-{int(gone.stdout)}-x", ".export-old", f".export-{os.getpid()}-y"):
+        (tmp_path / name / "timm").mkdir(parents=True)
+    export(SPEC, output_dir=tmp_path, formats="safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f".export-{os.getpid()}-y", "safetensors"]

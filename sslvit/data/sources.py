@@ -112,7 +112,10 @@ def _form_of_folder(path: str, split: str | None) -> str:
     """The spec of a folder: shards when it, or one folder below it, holds more of them than images."""
     from sslvit.data.folder import EXTENSIONS
 
-    names = sorted(os.listdir(path))
+    try:
+        names = sorted(os.listdir(path))
+    except OSError as error:
+        raise InputError(f"cannot read the folder {path!r}: {error.strerror}; check who may read it") from None
     folders = [name for name in names if os.path.isdir(os.path.join(path, name)) and not name.startswith(".")]
     below = [os.path.join(folder, name) for folder in folders[:20] for name in _listdir(os.path.join(path, folder))]
     for level in (names, below):
@@ -137,8 +140,11 @@ def _listdir(path: str) -> list[str]:
 
 def _names_images(path: str) -> bool:
     """Whether the first line of a jsonl file is a row with an image: such files also hold other things."""
-    with open(path, "rb") as file:
-        return image_of(parse_record(file.readline(1 << 20)) or {}) is not None
+    try:
+        with open(path, "rb") as file:
+            return image_of(parse_record(file.readline(1 << 20)) or {}) is not None
+    except OSError:
+        return False
 
 
 def _split_of(name: str) -> str:

@@ -88,17 +88,21 @@ def model_card(
 
 
 def run_facts(run: Path) -> dict[str, Any]:
-    """What a run folder says about itself: data, steps, config, hardware, results. Absent files are left out."""
+    """What a run folder says about itself: data, steps, config, hardware, results. Absent files are left out.
+
+    Where pretraining was one chapter of several (a demo), its own record is in `pretrain/` and the results are shared.
+    """
     facts: dict[str, Any] = {}
+    record = run / "pretrain" if (run / "pretrain" / "config.yaml").is_file() else run
     for file in ("resolved.yaml", "config.yaml"):
-        if (run / file).is_file():
-            facts["config"] = OmegaConf.to_container(OmegaConf.load(run / file))
+        if (record / file).is_file():
+            facts["config"] = OmegaConf.to_container(OmegaConf.load(record / file))
             break
     config = facts.get("config") or {}
     facts |= {key: config[key] for key in ("data", "steps", "init") if config.get(key) is not None}
-    for key, file in (("results", "results.json"), ("environment", "env.json")):
-        if (run / file).is_file():
-            facts[key] = json.loads((run / file).read_text())
+    for key, source in (("results", run / "results.json"), ("environment", record / "env.json")):
+        if source.is_file():
+            facts[key] = json.loads(source.read_text())
     return facts
 
 
@@ -197,15 +201,23 @@ def _checked(name: str, reports: Sequence[Mapping[str, Any]]) -> str:
 def _numbers(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = ["| what | value | 95% interval | protocol | data | seed |", "|---|---|---|---|---|---|"]
     for row in rows:
-        interval = row.get("ci95")
-        shown = (
-            f"{interval[0]:.4f} to {interval[1]:.4f}"
-            if isinstance(interval, list | tuple) and len(interval) == 2
-            else ""
-        )
-        cells = [row.get("name"), f"{row['value']:.4f}", shown, row.get("protocol"), row.get("data"), row.get("seed")]
+        bounds = [_number(bound) for bound in row.get("ci95") or ()]
+        interval = " to ".join(bounds) if len(bounds) == 2 and all(bounds) else ""
+        cells = [
+            row.get("name"),
+            _number(row.get("value")),
+            interval,
+            row.get("protocol"),
+            row.get("data"),
+            row.get("seed"),
+        ]
         lines.append("| " + " | ".join("" if cell is None else str(cell) for cell in cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _number(value: Any) -> str:
+    """Four digits; nothing for a value that was not finite, which results.json holds as null."""
+    return f"{value:.4f}" if isinstance(value, int | float) else ""
 
 
 def _limits(loaded: LoadedEncoder, name: str) -> str:

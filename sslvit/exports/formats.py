@@ -25,7 +25,9 @@ from sslvit.exports.safetensors_file import check_safetensors, write_safetensors
 from sslvit.exports.siglip_folder import check_siglip, write_siglip_folder
 from sslvit.exports.timm_folder import check_timm, write_timm_folder
 from sslvit.exports.verify import EXTRAS, TOLERANCE_ONNX, Check, is_installed, verify
+from sslvit.run_folder import process_start
 
+WORK = ".export-"  # and the process that works in it
 Reports = dict[str, list[dict[str, Any]]]  # format -> one report per library
 
 
@@ -81,7 +83,8 @@ def write_formats(loaded: LoadedEncoder, places: Mapping[str, Path], facts: Mapp
     loaded = replace(loaded, module=loaded.module.cpu().float().eval())
     parent = next(iter(places.values())).parent
     parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parent, prefix=".export-") as work:
+    _remove_leftovers(parent)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=f"{WORK}{os.getpid()}-") as work:
         folders = {name: Path(work) / name for name in places}
         for name, folder in folders.items():
             folder.mkdir()
@@ -97,6 +100,14 @@ def write_formats(loaded: LoadedEncoder, places: Mapping[str, Path], facts: Mapp
         for name, folder in folders.items():
             _move(folder, places[name], Path(work))
     return reports
+
+
+def _remove_leftovers(parent: Path) -> None:
+    """What an export that was killed left here; one that is under way is let be."""
+    for folder in parent.glob(f"{WORK}*"):
+        pid = folder.name.removeprefix(WORK).partition("-")[0]
+        if not (pid.isdecimal() and process_start(int(pid)) is not None) and not folder.is_symlink():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _verify(loaded: LoadedEncoder, folders: Mapping[str, Path]) -> Reports:

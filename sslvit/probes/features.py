@@ -289,14 +289,18 @@ def _write_entry(entry: Path, raw: Features) -> None:
     """Store arrays under `entry`, visible only when complete."""
     partial = entry.with_name(f"{entry.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for number, values in enumerate(raw.blocks):
-        np.save(partial / f"block_{number}.npy", values)
+    arrays = {f"block_{number}": values for number, values in enumerate(raw.blocks)} | {"indices": raw.indices}
     if raw.has_class_token:
-        np.save(partial / "mean_patch.npy", raw.mean_patch)
-    np.save(partial / "indices.npy", raw.indices)
+        arrays["mean_patch"] = raw.mean_patch
     facts = {"num_blocks": len(raw.blocks), "has_class_token": raw.has_class_token}
-    (partial / "facts.json").write_text(json.dumps(facts))
+    try:
+        partial.mkdir(parents=True)
+        for name, values in arrays.items():
+            np.save(partial / f"{name}.npy", values)
+        (partial / "facts.json").write_text(json.dumps(facts))
+    except OSError:  # a full disk: what is there would only make it fuller
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     try:
         os.replace(partial, entry)
     except OSError:  # another process stored the same features first

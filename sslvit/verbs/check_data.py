@@ -207,7 +207,8 @@ def _label(values: np.ndarray, names: list[str]) -> dict[str, Any]:
 
 def _write(folder: Path, report: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "bad_files.jsonl").unlink(missing_ok=True)  # of an earlier check: what is repaired must not stay listed
+    for earlier in folder.glob("bad_files*.jsonl"):  # what is repaired must not stay listed
+        earlier.unlink()
     bad_files = BadFiles(folder / "bad_files.jsonl", max_bad_rate=1.0)
     for row in report["bad"]:
         bad_files.add(row["name"], row["reason"])

@@ -14,13 +14,15 @@ import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
-import torch
 
+from sslvit import distributed
+from sslvit.config import EmbedConfig, check_config, load_config
 from sslvit.data.sources import open_source
 from sslvit.encoder.weights import load_encoder
 from sslvit.errors import InputError
 from sslvit.probes.features import Examples, Extraction, Features, default_precision, shared_cache
 from sslvit.probes.knn import normalised
+from sslvit.run_folder import is_disk_full
 
 SUFFIXES = (".npz", ".parquet")
 
@@ -41,23 +43,27 @@ def embed(
     `index` adds a faiss index of the unit-length features beside it (inner product is cosine), in the same order.
     Raises InputError when the encoder or the images cannot be read, or a feature is not finite.
     """
+    given = {"encoder": str(encoder), "data": str(data), "output_file": str(output_file), "batch_size": batch_size}
+    given |= {"device": device, "precision": precision, "num_workers": num_workers, "index": index}
+    config = load_config(EmbedConfig, None, given)
+    check_config(config)
     file = Path(output_file)
     if file.suffix not in SUFFIXES:
         raise InputError(f"--output-file {file}: the name must end in {' or '.join(SUFFIXES)}")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = load_encoder(encoder, device=device)
+    place = str(distributed.choose_device(config.device))
+    loaded = load_encoder(str(encoder), device=place)
     extraction = Extraction(
-        batch_size=batch_size,
-        device=device,
-        precision=precision or default_precision(device),
-        num_workers=num_workers,
+        batch_size=config.batch_size,
+        device=place,
+        precision=config.precision or default_precision(place),
+        num_workers=config.num_workers,
         cache_dir=shared_cache(),
     )
     fingerprint = f"{loaded.fingerprint} {loaded.architecture}"
-    features = Examples(open_source(data), loaded.module, loaded.preprocessing, extraction, fingerprint).features
+    features = Examples(open_source(str(data)), loaded.module, loaded.preprocessing, extraction, fingerprint).features
     arrays = as_arrays(features)
     _write(file, arrays if file.suffix == ".npz" else as_table(features))
-    if index:
+    if config.index:
         _write(file.with_suffix(".faiss"), _faiss_index(features.cls))
     print(f"{file}: features of {len(features)} images, {features.cls.shape[1]} dimensions")
     return arrays
@@ -91,7 +97,7 @@ def _faiss_index(features: np.ndarray) -> Any:
 
 
 def _write(file: Path, content: Any) -> None:
-    """Write in one step: a reader sees the old file or the new one. InputError when the place cannot be written."""
+    """Write in one step: a reader sees the old file or the new one. InputError when the place is wrong."""
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -104,6 +110,8 @@ def _write(file: Path, content: Any) -> None:
                 handle.write(faiss.serialize_index(content).tobytes())
         os.replace(partial, file)
     except OSError as error:
+        if is_disk_full(error):
+            raise
         raise InputError(f"cannot write {file}: {error.strerror or error}; choose another --output-file") from None
     finally:
         partial.unlink(missing_ok=True)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
+from sslvit import distributed
 from sslvit.config import EvaluateConfig, check_config, load_config
 from sslvit.data.sources import Source, open_source
 from sslvit.encoder.config import Preprocessing
@@ -67,10 +67,12 @@ def evaluate(*, config_file: str | Path | None = None, output_dir: str | Path | 
             keys[key] = [part.strip() for part in keys[key].split(",") if part.strip()]
     config = load_config(EvaluateConfig, config_file, keys)
     check_config(config)
+    device = str(distributed.choose_device(config.device))
     path = Path(output_dir or default_output_dir("evaluate", config.encoder))
     train, val = _open(config.train_dataset, config), _open(config.val_dataset, config)
     with RunFolder.open(path, "evaluate", config, free_keys=["*"], overwrite=config.overwrite) as folder:
-        rows = [row for subject in _subjects(config) for row in judge(subject, train, val, config, folder)]
+        subjects = _subjects(config, device)
+        rows = [row for subject in subjects for row in judge(subject, train, val, config, folder, device)]
         folder.finish()
     print(f"{path / 'results.json'}: {len(rows)} rows")
     return rows
@@ -83,26 +85,25 @@ def _open(spec: str | None, config: EvaluateConfig) -> Digested:
     return source, source_digest(source, choose_indices(len(source), config.num_images, config.seed))
 
 
-def _subjects(config: EvaluateConfig) -> Iterator[Subject]:
+def _subjects(config: EvaluateConfig, device: str) -> Iterator[Subject]:
     """The encoder, then the controls, one in memory at a time."""
-    device = _device(config)
     encoder = load_encoder(str(config.encoder), device=device)
     if config.image_size is not None:
         encoder = replace(encoder, preprocessing=replace(encoder.preprocessing, image_size=config.image_size))
     yield Subject("", encoder)
     if "random_init" in config.controls:
         yield Subject("random_init", random_like(encoder, config.seed))
-    if "pixels" in config.controls:
+    if "pixels" in config.controls and encoder.preprocessing.channels in (1, 3):
         yield Subject("pixels", None)
+    elif "pixels" in config.controls:
+        print(f"pixels: skipped, it reads grey and RGB images this encoder {encoder.preprocessing.channels} channels")
 
 
-def _device(config: EvaluateConfig) -> str:
-    return config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def judge(subject: Subject, train: Digested, val: Digested, config: EvaluateConfig, folder: RunFolder) -> list[Row]:
+def judge(
+    subject: Subject, train: Digested, val: Digested, config: EvaluateConfig, folder: RunFolder, device: str
+) -> list[Row]:
     """All probes on one subject; features are extracted when the first unfinished cell asks for them."""
-    sets = _examples(subject, *train, config, folder), _examples(subject, *val, config, folder)
+    sets = _examples(subject, *train, config, folder, device), _examples(subject, *val, config, folder, device)
     rows: list[Row] = []
     for name in config.protocol:
         if subject.encoder is None and name in NO_PIXELS:
@@ -119,8 +120,9 @@ def judge(subject: Subject, train: Digested, val: Digested, config: EvaluateConf
     return rows
 
 
-def _examples(subject: Subject, source: Source, digest: str, config: EvaluateConfig, folder: RunFolder) -> Examples:
-    device = _device(config)
+def _examples(
+    subject: Subject, source: Source, digest: str, config: EvaluateConfig, folder: RunFolder, device: str
+) -> Examples:
     extraction = Extraction(
         batch_size=config.batch_size,
         device=device,
@@ -148,9 +150,15 @@ def _cell(subject: Subject, name: str, sets: tuple[Examples, Examples], config: 
         key: getattr(config, key) for key in ("train_dataset", "val_dataset", "seed", *PROBE_KEYS.get(name, ()))
     }
     facts = [name, subject.control, subject.fingerprint, [one.digest for one in sets], labels, settings]
-    facts += [str(sets[0].preprocessing), sets[0].extraction.precision]
+    facts += [str(sets[0].preprocessing), sets[0].extraction.precision, *_selection(subject, config).values()]
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     return f"evaluate/cells/{name}-{subject.control or 'encoder'}-{key}.json"
+
+
+def _selection(subject: Subject, config: EvaluateConfig) -> dict[str, str]:
+    """What the protocol must say of RUN@best: its step was chosen among many by a number on validation images."""
+    is_best = not subject.control and str(config.encoder).partition("?")[0].endswith("@best")
+    return {"checkpoint": "the run's best by k-NN on its validation set"} if is_best else {}
 
 
 def _keep(folder: RunFolder, cell: str, rows: list[Row]) -> None:
@@ -168,6 +176,7 @@ def _row(subject: Subject, name: str, one: Score, sets: tuple[Examples, Examples
         n_train=len(train.features),
         n_val=one.num_images,
         precision=train.extraction.precision,
+        **_selection(subject, config),
     )
     return row(
         "/".join(part for part in (name, subject.control, one.metric) if part),

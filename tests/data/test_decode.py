@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from sslvit.data.bad_files import read_bad_files
 from sslvit.data.decode import BadFiles, BadImage, decode
 from sslvit.errors import InputError
 
@@ -266,6 +267,27 @@ def test_each_bad_file_is_written_once_with_its_bytes(tmp_path):
     lines = (tmp_path / "run" / "bad_files.jsonl").read_bytes().splitlines()
     assert sorted(json.loads(line)["name"] for line in lines) == sorted(names) and bad.count == 3
     assert b"not\xffutf8\n.jpg" in [os.fsencode(json.loads(line)["name"]) for line in lines]
+
+
+def test_each_rank_writes_a_list_of_its_own_and_rank_0_collects(tmp_path, monkeypatch):
+    path = tmp_path / "bad_files.jsonl"
+    first = BadFiles(path)
+    first.add("a.jpg", "x")
+    for rank in ("1", "12"):
+        with monkeypatch.context() as other:
+            other.setenv("RANK", rank)
+            bad = BadFiles(path)
+            bad.add("a.jpg", "x")
+            bad.add(f"{rank}.jpg", "y")
+            bad.collect()
+            assert bad.path == tmp_path / f"bad_files.rank{rank}.jsonl" and bad.count == 2
+    assert len(path.read_bytes().splitlines()) == 1
+    for _ in range(2):
+        first.collect()
+    assert read_bad_files(path) == {"a.jpg": "x", "1.jpg": "y", "12.jpg": "y"} == first.reasons
+    assert len(path.read_bytes().splitlines()) == 3
+    path.unlink()
+    assert BadFiles(path).count == 3  # also of a run that was killed before it collected
 
 
 def test_bad_files_goes_on_after_a_kill(tmp_path):

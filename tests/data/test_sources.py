@@ -661,3 +661,12 @@ def test_real_sets(real_data):
     flickr = open_source(f"{real_data}/flickr8k")
     assert len(flickr) == 6000 and len(flickr.text(5999)["captions"]) == 5
     assert decode(flickr.read(5999)).shape == (128, 128, 3)
+
+
+def test_a_folder_that_may_not_be_read_is_one_line(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(InputError, match=r"cannot read the folder .*Permission denied"):
+        open_source(str(tmp_path))

@@ -88,3 +88,21 @@ def test_native_only_classes_say_so() -> None:
     assert "native size only" in model_card(load_encoder(SPEC), "hf", {}, [])
     assert "native size only" in model_card(load_encoder(TWIN), "siglip", {}, [])
     assert "5 channels" in model_card(load_encoder(OURS + "&in_chans=5"), "timm", {}, [])
+
+
+def test_a_demo_keeps_pretrainings_record_in_its_own_folder(tmp_path: Path) -> None:
+    (tmp_path / "pretrain").mkdir()
+    (tmp_path / "pretrain" / "config.yaml").write_text("data: given\n")
+    (tmp_path / "pretrain" / "resolved.yaml").write_text("data: scenes\nsteps: 60\n")
+    (tmp_path / "pretrain" / "env.json").write_text(json.dumps({"num_cpus": 2}))
+    (tmp_path / "config.yaml").write_text("images: scenes\n")
+    (tmp_path / "env.json").write_text(json.dumps({"num_cpus": 9}))
+    (tmp_path / "results.json").write_text("[]")
+    facts = run_facts(tmp_path)
+    assert (facts["data"], facts["steps"], facts["environment"]["num_cpus"], facts["results"]) == ("scenes", 60, 2, [])
+
+
+def test_numbers_that_were_not_finite_are_left_empty(tmp_path: Path) -> None:
+    rows = [{"name": "a", "value": None, "ci95": [None, 0.5]}, {"name": "b", "value": 1, "ci95": [0.5, 1]}]
+    card = model_card(load_encoder(SPEC), "timm", {"results": rows}, [])
+    assert "| a |  |  |" in card and "| b | 1.0000 | 0.5000 to 1.0000 |" in card

@@ -51,10 +51,17 @@ def test_it_counts_what_it_asks_for(monkeypatch):
     assert "! faiss      broken" in sslvit.doctor() and "thing(s) above" in sslvit.doctor()
 
 
-def test_extras_are_those_of_setup_cfg():
+def test_extras_are_those_of_setup_cfg_and_something_uses_them():
     import configparser
     from pathlib import Path
 
+    root = Path(__file__).resolve().parents[2]
     setup = configparser.ConfigParser()
-    setup.read(Path(__file__).resolve().parents[2] / "setup.cfg")
-    assert set(EXTRAS.values()) <= set(setup["options.extras_require"])
+    setup.read(root / "setup.cfg")
+    extras = set(setup["options.extras_require"])
+    assert set(EXTRAS.values()) <= extras
+    assert extras - set(EXTRAS.values()) == {"serve", "docs", "bench", "dev"}  # nothing of these is imported by sslvit
+    files = [*(root / "sslvit").rglob("*.py"), *(root / "benchmarks").glob("*.py")]
+    code = "".join(file.read_text() for file in files if file.name != "commands.py")
+    for module in EXTRAS:
+        assert module in code, f"nothing uses {module}"
