@@ -18,8 +18,13 @@ from toy_run import Stream, Toy, digest, run
 
 from sslvit import checkpoint, distributed, training
 from sslvit.checkpoint import checkpoint_path, checkpoint_steps
+from sslvit.data.sources import open_source
+from sslvit.encoder.config import Preprocessing
+from sslvit.encoder.weights import load_encoder
 from sslvit.errors import Resumable
 from sslvit.metrics import MetricsLog
+from sslvit.objectives.dino import Centering, sinkhorn
+from sslvit.probes.monitor import KnnMonitor
 from sslvit.signals import StopFlag
 
 NAN = float("nan")
@@ -190,6 +195,32 @@ def other_world(folder: Path) -> list[float]:
     return state_sum(module)
 
 
+def no_masked_patch_on_one_rank(folder: Path) -> None:
+    """A rank without a token takes part in every collective; targets and centre are those of the others' tokens."""
+    tokens = torch.linspace(-1, 1, 12).reshape(3, 4)
+    mine = tokens if distributed.rank() == 1 else tokens[:0]
+    spread = sinkhorn(mine, 0.1)
+    assert spread.shape == mine.shape and torch.allclose(spread.sum(1), torch.ones(len(mine)))
+    centering = Centering(4, "softmax", 0.5)
+    for given, expected in ((mine, tokens.mean(0) / 2), (tokens[:0], tokens.mean(0) / 2)):
+        centering.targets(given, 0.1)
+        centering.after_step()
+        assert torch.allclose(centering.center, expected)
+
+
+def monitor(folder: Path) -> dict[str, float]:
+    """Each process decodes its share; the main one has the numbers of all."""
+    sets = [open_source(f"scenes:?n=25&size=32&objects=1&label=shape&split={split}") for split in ("train", "val")]
+    judge = KnnMonitor(*sets, Preprocessing(32), precision="fp32", num_workers=0)
+    assert len(judge.train) in ((25,) if distributed.world_size() == 1 else (12, 13))
+    encoder = load_encoder(
+        "vit_tiny_patch16_224?pretrained=false&img_size=32&patch_size=8&embed_dim=32&depth=1&num_heads=2"
+    )
+    numbers = judge(encoder.module, 3)
+    assert bool(numbers) == distributed.is_main()
+    return numbers
+
+
 CHECKS = (
     collectives,
     plain,
@@ -201,6 +232,8 @@ CHECKS = (
     unused_parameter,
     full_disk,
     full_disk_noticed_late,
+    no_masked_patch_on_one_rank,
+    monitor,
 )
 
 

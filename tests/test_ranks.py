@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from rank_checks import monitor
 from toy_run import Stream, Toy, digest, lines, run
 
 from sslvit.errors import Resumable
@@ -77,6 +78,12 @@ def test_a_run_of_one_process_goes_on_with_two_and_with_one_again(
     progress = run(tmp_path / "begun", module=back, size=8)
     assert progress.cursor == 12 * 8
     assert digest(tmp_path / "begun") == results["digest"]
+
+
+def test_the_monitor_of_two_processes_tells_what_one_would(
+    tmp_path: Path, together: tuple[Path, dict[str, Any]]
+) -> None:
+    assert together[1]["monitor"] == pytest.approx(monitor(tmp_path), rel=1e-4)
 
 
 @pytest.mark.slow

@@ -1,18 +1,21 @@
 """k-NN and health of an encoder while it trains, on clean images that were decoded once. Not a protocol of its own.
 
-Numbers are those of `evaluate --protocol knn,health` on at most `num_images` images of each set.
+Numbers are those of `evaluate --protocol knn,health` on at most `num_images` images of each set. Of several processes
+each decodes and encodes its share of the images; the main one compares them.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from sslvit import distributed
 from sslvit.data.loader import clean_batches
 from sslvit.data.photometry import normalize
 from sslvit.data.sources import Source
 from sslvit.encoder.config import Preprocessing
+from sslvit.encoder.vit import Encoder
 from sslvit.errors import InputError
 from sslvit.probes.features import choose_indices, default_precision, forward_clean
 from sslvit.probes.health import feature_std, rankme
@@ -24,6 +27,8 @@ class KnnMonitor:
     """Call it with an encoder between two steps: {"knn/top1": ..., "rankme": ..., "feature_std": ...}.
 
     Without a validation set, or without labels in both, only health is measured. precision: None is that of `evaluate`.
+    num_workers: threads that decode, None as many as in pretraining. Making it and calling it are collective; only the
+    main process gets numbers, the others {}.
     """
 
     def __init__(
@@ -34,7 +39,7 @@ class KnnMonitor:
         num_images: int = 5000,
         *,
         batch_size: int = 256,
-        num_workers: int = 0,
+        num_workers: int | None = None,
         precision: str | None = None,
         seed: int = 0,
     ) -> None:
@@ -48,28 +53,30 @@ class KnnMonitor:
                 names = [source.class_names.get(name) for source in (val_source, train_source)]
                 self.labels[name] = train_labels[name], align_labels(labels[name], *names)
 
-    def __call__(self, encoder: nn.Module, step: int) -> dict[str, float]:
+    def __call__(self, encoder: Encoder, step: int) -> dict[str, float]:
         """Numbers of `encoder` as it stands at `step`; its training mode is left as it was."""
         train = self._features(encoder, self.train)
+        val = self._features(encoder, self.val) if self.labels else train[:0]
+        if not distributed.is_main():
+            return {}
         results = {"rankme": rankme(train, seed=step), "feature_std": feature_std(train)}
         if not self.labels or not np.isfinite(train).all():
             return results
-        val = self._features(encoder, self.val)
         accuracies = {name: _accuracy(train, val, *labels) for name, labels in self.labels.items()}
         results = {"knn/top1": float(np.mean(list(accuracies.values()))), **results}
         if len(accuracies) > 1:
             results |= {f"knn/{name}/top1": accuracy for name, accuracy in accuracies.items()}
         return results
 
-    def _features(self, encoder: nn.Module, images: Tensor) -> np.ndarray:
-        """(n, D) float32 of uint8 images (n, C, H, W)."""
+    def _features(self, encoder: Encoder, images: Tensor) -> np.ndarray:
+        """(n, D) float32 of the uint8 images (n / processes, C, H, W) of all processes."""
         device = next(encoder.parameters()).device
         precision = self.precision or default_precision(device)
-        parts = []
-        for batch in images.split(self.batch_size):
+        parts = [torch.zeros(0, encoder.num_features)]
+        for batch in images.split(self.batch_size) if len(images) else ():
             pixels = normalize(batch.to(device), self.preprocessing.mean, self.preprocessing.std)
             parts.append(forward_clean(encoder, pixels, 1, precision)[0].cls.cpu())
-        return torch.cat(parts).numpy()
+        return distributed.all_gather_cat(torch.cat(parts)).numpy()
 
 
 def _accuracy(train: np.ndarray, val: np.ndarray, train_labels: np.ndarray, val_labels: np.ndarray) -> float:
@@ -82,15 +89,17 @@ def _accuracy(train: np.ndarray, val: np.ndarray, train_labels: np.ndarray, val_
 
 
 def _decode(
-    source: Source, preprocessing: Preprocessing, num_images: int, batch_size: int, num_workers: int, seed: int
+    source: Source, preprocessing: Preprocessing, num_images: int, batch_size: int, num_workers: int | None, seed: int
 ) -> tuple[Tensor, dict[str, np.ndarray]]:
-    """At most `num_images` clean images as one uint8 tensor (n, C, H, W), with their labels."""
-    batches, kept = [], []
+    """Of at most `num_images` clean images this process's share, uint8 (n, C, H, W), and the labels of all."""
+    size = preprocessing.image_size
+    batches, kept = [torch.zeros(0, preprocessing.channels, size, size, dtype=torch.uint8)], [np.zeros(0, np.int64)]
     indices = choose_indices(len(source), num_images, seed)
-    for images, batch_indices in clean_batches(source, preprocessing, batch_size, num_workers, indices):
+    share = np.array_split(indices, distributed.world_size())[distributed.rank()]
+    for images, batch_indices in clean_batches(source, preprocessing, batch_size, num_workers, share):
         batches.append(images)
         kept.append(np.asarray(batch_indices, dtype=np.int64))
-    if not kept:
+    index = distributed.all_gather_cat(torch.from_numpy(np.concatenate(kept))).numpy()
+    if not len(index):
         raise InputError(f"{source.spec} has no readable image; `sslvit check-data` lists the reasons")
-    index = np.concatenate(kept)
     return torch.cat(batches), {name: np.asarray(values)[index] for name, values in source.labels.items()}
