@@ -135,6 +135,7 @@ def _run(config: AlignConfig, folder: RunFolder, device: torch.device) -> None:
         write_vlm(shop, encoder, seeing, chat, folder.path / "vlm")
         does_it_see(shop, encoder, seeing, chat, val, folder)
     if distributed.is_main():
+        bad_files.collect()
         folder.finish()
 
 

@@ -60,6 +60,7 @@ def _run(config: PretrainConfig, folder: RunFolder, device: torch.device) -> Non
     bad_files = BadFiles(folder.path / "bad_files.jsonl", max_bad_rate=config.max_bad_rate)
     facts = measure_facts(source, device.type, config.encoder.in_chans)
     resolved, reasons = resolve(_as_begun(config, folder), facts)
+    check_config(resolved)
     folder.write_resolved(resolved, reasons)
     preprocessing = _preprocessing(resolved, source, folder)
     module = build(resolved, preprocessing).to(device)
@@ -91,6 +92,7 @@ def _run(config: PretrainConfig, folder: RunFolder, device: torch.device) -> Non
             best="knn/top1",
         )
     if distributed.is_main():
+        bad_files.collect()
         write_run_encoders(folder.path)
         folder.finish()
 
@@ -205,7 +207,13 @@ def _monitor(config: PretrainConfig, source: Source, preprocessing: Preprocessin
     train_source = open_source(config.knn.train) if config.knn.train else source
     val_spec = config.knn.val or config.val_data
     val_source = open_source(val_spec) if val_spec else None
-    return KnnMonitor(train_source, val_source, preprocessing, num_images=config.knn.num_images)
+    return KnnMonitor(
+        train_source,
+        val_source,
+        preprocessing,
+        num_images=config.knn.num_images,
+        num_workers=config.num_workers,
+    )
 
 
 def _required(value: Any) -> Any:
