@@ -76,7 +76,7 @@ def test_finished_returns_at_once_and_changes_are_refused(run):
     before = digest(run)
     began = time.monotonic()
     sslvit.pretrain(data=DATA, output_dir=run, **TINY)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10
     sslvit.pretrain(data=DATA, output_dir=run, **{**TINY, "num_workers": 0})
     assert digest(run) == before
     with pytest.raises(InputError, match="batch_size"):
