@@ -111,7 +111,8 @@ def _ask(out: Path) -> None:
     for index in range(NUM_SHOWN):
         place = folder / f"scene{index}.png"
         Image.fromarray(source.read(index)).save(place)
-        turn = next(t for t in pairs.turns(index) if t.family != "caption")
+        questions = [turn for turn in pairs.turns(index) if turn.family != "caption"]
+        turn = questions[index % len(questions)]
         rows.append({"image": place.name, "question": turn.question, "answer": turn.answer})
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     ask(out / "vlm", jsonl=folder / "questions.jsonl", output_file=folder / "answers.jsonl")
