@@ -26,7 +26,7 @@ demo.demo(output_dir=sys.argv[1])
 
 #: What exists when a stage is in its middle: pretraining, evaluation, each stage of the model and of its controls.
 MOMENTS = [
-    "checkpoints/step_0000054",
+    "checkpoints/step_0000050",
     "evaluate/cells/*",
     "stages/text/checkpoints/step_0000016",
     "stages/connector/checkpoints/step_0000008",
