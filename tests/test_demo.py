@@ -40,9 +40,18 @@ MOMENTS = [
 
 def start(out: Path) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-c", SMALL, str(out)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+    with open(errors_of(out), "w") as errors:
+        words = [sys.executable, "-c", SMALL, str(out)]
+        return subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
+
+
+def errors_of(out: Path) -> Path:
+    return out.with_name(f"{out.name}.stderr")
+
+
+def finish(out: Path) -> None:
+    process = start(out)
+    assert process.wait(timeout=900) == 0, errors_of(out).read_text()[-2000:]
 
 
 def digests(out: Path) -> dict[str, str]:
@@ -54,9 +63,7 @@ def digests(out: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "whole"
-    process = start(out)
-    _, errors = process.communicate(timeout=900)
-    assert process.returncode == 0, errors.decode()[-2000:]
+    finish(out)
     return out
 
 
@@ -85,10 +92,8 @@ def test_killed_in_every_stage_it_ends_with_the_same_weights(whole, tmp_path):
         deadline = time.monotonic() + 300
         while not list(out.glob(moment)) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.005)
-        assert list(out.glob(moment)), f"{moment} never came: {process.stderr.read().decode()[-1500:]}"
+        assert list(out.glob(moment)), f"{moment} never came: {errors_of(out).read_text()[-1500:]}"
         process.send_signal(signal.SIGKILL)
         process.wait()
-    process = start(out)
-    _, errors = process.communicate(timeout=900)
-    assert process.returncode == 0, errors.decode()[-2000:]
+    finish(out)
     assert digests(out) == digests(whole)

@@ -7,6 +7,7 @@ read one student pass. Sinkhorn-Knopp centering as in SwAV (arXiv:2006.09882) an
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from sslvit import distributed
 from sslvit.encoder.vit import Tokens
-from sslvit.objectives.config import DinoConfig
+from sslvit.objectives.config import DinoConfig, IbotConfig
 from sslvit.objectives.passes import FULL, Draw, Masking, Pass, num_visible
 
 
@@ -43,6 +44,14 @@ class DinoHead(nn.Module):
         """Cosine similarity of each token to each prototype."""
         features = F.normalize(self.mlp(tokens), dim=-1, eps=1e-6)
         return F.linear(features, F.normalize(self.prototypes, dim=-1))
+
+
+def make_heads(config: DinoConfig | IbotConfig, embed_dim: int) -> tuple[DinoHead, DinoHead]:
+    """The student's head and its frozen copy, the teacher's."""
+    assert config.num_prototypes
+    student = DinoHead(embed_dim, config.num_prototypes, config.head_hidden_dim, config.head_bottleneck_dim)
+    teacher = copy.deepcopy(student)
+    return student, teacher.requires_grad_(False)
 
 
 def warmed_up(step: int, steps: int, start: float, end: float, share: float) -> float:
@@ -140,11 +149,7 @@ class Dino(nn.Module):
         self.num_global = num_global
         self.num_local = num_local
         self.global_masking = global_masking
-        sizes = (embed_dim, config.num_prototypes, config.head_hidden_dim, config.head_bottleneck_dim)
-        self.student_head = DinoHead(*sizes)
-        self.teacher_head = DinoHead(*sizes)
-        self.teacher_head.load_state_dict(self.student_head.state_dict())
-        self.teacher_head.requires_grad_(False)
+        self.student_head, self.teacher_head = make_heads(config, embed_dim)
         self.centering = Centering(config.num_prototypes, config.centering, config.center_momentum)
 
     @property

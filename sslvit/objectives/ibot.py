@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sslvit.encoder.vit import Tokens
 from sslvit.objectives.config import IbotConfig
-from sslvit.objectives.dino import Centering, DinoHead, warmed_up
+from sslvit.objectives.dino import Centering, make_heads, warmed_up
 from sslvit.objectives.passes import Draw, Masking, Pass
 
 
@@ -54,11 +54,7 @@ class Ibot(nn.Module):
         self.grid = grid
         self.steps = steps
         self.num_global = num_global
-        sizes = (embed_dim, config.num_prototypes, config.head_hidden_dim, config.head_bottleneck_dim)
-        self.student_head = DinoHead(*sizes)
-        self.teacher_head = DinoHead(*sizes)
-        self.teacher_head.load_state_dict(self.student_head.state_dict())
-        self.teacher_head.requires_grad_(False)
+        self.student_head, self.teacher_head = make_heads(config, embed_dim)
         self.centering = Centering(config.num_prototypes, config.centering, config.center_momentum)
 
     def masking(self, draw: Draw, view: int, num_patches: int) -> Masking:
