@@ -144,14 +144,16 @@ def draw_attributes(keys: np.ndarray, split: str, objects: tuple[int, int]) -> A
     return Attributes(num_objects, shape, colour, size)
 
 
-def draw_graph(key: np.ndarray, split: str, objects: tuple[int, int], image_size: int) -> SceneGraph:
-    """The scene of one key (1,)."""
+def draw_graph(
+    key: np.ndarray, split: str, objects: tuple[int, int], image_size: int, scale: float = 1.0
+) -> SceneGraph:
+    """The scene of one key (1,), its objects `scale` times as large as usual."""
     drawn = draw_attributes(key, split, objects)
     num = int(drawn.num_objects[0])
     shapes, colours, sizes = (column[0, :num].tolist() for column in (drawn.shape, drawn.colour, drawn.size))
     u = uniforms(key, PLACES, 256)[0].tolist()
     looks = [u[5 * i : 5 * i + 5] for i in range(num)]
-    crowding = _CROWDING[num - 1]
+    crowding = _CROWDING[num - 1] * scale
     radii = [_RADIUS[size] * crowding * (0.95 + 0.1 * look[0]) for size, look in zip(sizes, looks, strict=True)]
     places = _place(radii, u[5 * MAX_OBJECTS :])
     found = []

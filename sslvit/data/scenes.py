@@ -1,13 +1,15 @@
 """The built-in data set: images of a few simple objects, with graph, masks, captions and questions. Works offline.
 
-`scenes:?n=512&seed=0&size=64&split=train&objects=1-3&label=shape&clutter=1`. Scene i depends on (seed, split, objects,
-i) alone; at another `size` it is the same scene, and `clutter` (0 to 1) says how busy its background is. `val` is more
-of `train`, `novel` holds the combinations of shape and colour that train and val never show.
+`scenes:?n=512&seed=0&size=64&split=train&objects=1-3&label=shape&clutter=1&scale=1`. Scene i depends on (seed, split,
+objects, scale, i) alone; at another `size` it is the same scene. `clutter` (0 to 1) says how busy its background is,
+`scale` (0.5 to 1.2) how large its objects are. `val` is more of `train`, `novel` holds the combinations of shape and
+colour that train and val never show.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 from functools import cached_property
 from urllib.parse import parse_qsl
 
@@ -30,8 +32,18 @@ from sslvit.data.turns import Turn
 from sslvit.errors import InputError
 
 SIZE_LIMITS = (32, 2048)
+SCALE_LIMITS = (0.5, 1.2)  # above, two large objects find no place
 MAX_SCENES = 10_000_000
-_DEFAULTS = {"n": "512", "seed": "0", "size": "64", "split": "train", "objects": "1-3", "label": "", "clutter": "1"}
+_DEFAULTS = {
+    "n": "512",
+    "seed": "0",
+    "size": "64",
+    "split": "train",
+    "objects": "1-3",
+    "label": "",
+    "clutter": "1",
+    "scale": "1",
+}
 _CLASSES = {"shape": SHAPES, "colour": COLOUR_NAMES, "size": SIZES}
 
 
@@ -49,6 +61,7 @@ class Scenes:
         objects: tuple[int, int] = (1, 3),
         label: tuple[str, ...] = (),
         clutter: float = 1.0,
+        scale: float = 1.0,
     ) -> None:
         self.n, self.seed, self.size, self.split, self.objects = n, seed, size, split, objects
         self._label_names = label or (tuple(_CLASSES) if objects == (1, 1) else ("count",))
@@ -59,6 +72,9 @@ class Scenes:
         self.clutter = clutter
         if clutter != 1:
             self.spec += f"&clutter={clutter:g}"
+        self.scale = scale
+        if scale != 1:
+            self.spec += f"&scale={scale:g}"
         if label:
             self.spec += f"&label={','.join(label)}"
 
@@ -75,14 +91,18 @@ class Scenes:
         label = tuple(name for name in values["label"].split(",") if name)
         for name in label:
             _one_of("label", name, (*_CLASSES, "count"))
+        objects, scale = _range(values["objects"]), _real("scale", values["scale"], SCALE_LIMITS)
+        if scale > 1 and objects[1] == MAX_OBJECTS:
+            raise InputError(f"scenes: {MAX_OBJECTS} objects of scale={scale:g} find no place; take scale=1")
         return cls(
             _number("n", values["n"], 1, MAX_SCENES),
             _number("seed", values["seed"], 0, 2**63 - 1),
             _number("size", values["size"], *SIZE_LIMITS),
             _one_of("split", values["split"], SPLITS),
-            _range(values["objects"]),
+            objects,
             label,
-            _share("clutter", values["clutter"]),
+            _real("clutter", values["clutter"], (0, 1)),
+            scale,
         )
 
     def __len__(self) -> int:
@@ -98,7 +118,7 @@ class Scenes:
 
     def graph(self, index: int) -> SceneGraph:
         """What scene i shows, without drawing it."""
-        return draw_graph(self._key(index), self.split, self.objects, self.size)
+        return draw_graph(self._key(index), self.split, self.objects, self.size, self.scale)
 
     def masks(self, index: int) -> np.ndarray:
         """(num_objects, H, W) bool, in the order of the graph; no two overlap."""
@@ -162,13 +182,14 @@ def _number(key: str, text: str, low: int, high: int) -> int:
     return int(text)
 
 
-def _share(key: str, text: str) -> float:
+def _real(key: str, text: str, limits: tuple[float, float]) -> float:
+    low, high = limits
     try:
         value = float(text)
     except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise InputError(f"scenes: {key}={text} is not a number from 0 to 1")
+        value = math.nan
+    if not low <= value <= high:
+        raise InputError(f"scenes: {key}={text} is not a number from {low:g} to {high:g}")
     return value
 
 

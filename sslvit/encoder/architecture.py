@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sslvit.encoder.config import EncoderConfig
 from sslvit.encoder.layouts import depth_of, num_prefix_positions
-from sslvit.encoder.vit import Encoder, create_timm
+from sslvit.encoder.vit import Encoder, create_timm, init_xavier
 from sslvit.errors import InputError
 
 DEFAULT_NORM_EPS = 1e-6  # timm's, DINO's and MAE's
@@ -36,6 +36,7 @@ class Architecture:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             encoder = create_timm(self.name, self.args)
+            init_xavier(encoder)
         if self.norm_eps != DEFAULT_NORM_EPS:
             for module in encoder.modules():
                 if isinstance(module, nn.LayerNorm):

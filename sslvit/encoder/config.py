@@ -26,6 +26,7 @@ class EncoderConfig:
     depth: int | None = None
     num_heads: int | None = None
     init_values: float | None = None  # LayerScale at the start, 0: none; auto: 1e-5 (DINOv2), 0.1 for short runs
+    weight_init: str | None = None  # xavier (MAE) or trunc_normal (DINO); auto: xavier with mae and for short runs
     drop_path_rate: float = 0.0
 
 

@@ -98,8 +98,20 @@ def _resolve_length(resolver: _Resolver, facts: DataFacts) -> None:
     short = _required(resolver.config.steps) < LONG_RUN
     reason = f"DINOv2's 1e-5 starts too slowly below {LONG_RUN:,} steps" if short else "DINOv2"
     resolver.fill("encoder.init_values", 0.1 if short else 1e-5, reason)
+    _resolve_start(resolver, short)
     resolver.fill("checkpoint.every", max(50, _required(resolver.config.steps) // 10), "ten a run")
     resolver.fill("knn.every", max(50, _required(resolver.config.steps) // 10), "ten a run")
+
+
+def _resolve_start(resolver: _Resolver, short: bool) -> None:
+    reconstructs = resolver.config.mae is not None
+    start = "xavier" if short or reconstructs else "trunc_normal"
+    reason = "MAE" if reconstructs else "a narrow normal starts too slowly in short runs" if short else "DINO"
+    resolver.fill("encoder.weight_init", start, reason)
+    if resolver.config.encoder.weight_init not in ("xavier", "trunc_normal"):
+        raise InputError(
+            f"encoder.weight_init={resolver.config.encoder.weight_init} is unknown; take xavier or trunc_normal"
+        )
 
 
 def _resolve_precision(resolver: _Resolver, facts: DataFacts) -> None:

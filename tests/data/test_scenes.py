@@ -201,6 +201,20 @@ def test_large_objects_are_clearly_larger_than_small_ones_whatever_the_number():
     assert min(radius["large"]) > 1.05 * max(radius["small"])
 
 
+@pytest.mark.parametrize("objects", [(1, 2), (4, 4)])
+def test_scale_makes_the_same_objects_larger_and_they_still_find_room(objects):
+    usual, large = Scenes(n=200, objects=objects), Scenes(n=200, objects=objects, scale=1.2)
+    assert Scenes.from_spec(large.spec).spec == large.spec != usual.spec
+    for i in range(200):
+        graph, other = usual.graph(i), large.graph(i)
+        assert Counter(o.shape for o in graph.objects) == Counter(o.shape for o in other.objects)
+        radii = sorted(o.radius for o in graph.objects), sorted(o.radius for o in other.objects)
+        assert np.allclose(1.2 * np.array(radii[0]), radii[1])
+        assert large.masks(i).sum(0).max() <= 1
+        for o in other.objects:
+            assert min(o.box) >= 0 and max(o.box) <= large.size
+
+
 def test_crowded_scenes_always_find_room():
     scenes = Scenes(n=1500, size=100, objects=(5, 5))
     for i in range(len(scenes)):
@@ -305,6 +319,10 @@ def test_spec_defaults_and_round_trip():
         ("?objects=3-1", "objects=3-1"),
         ("?objects=1-6", "from 1 to 5"),
         ("?label=color", "colour"),
+        ("?clutter=2", "from 0 to 1"),
+        ("?scale=1.3", "from 0.5 to 1.2"),
+        ("?scale=large", "scale=large"),
+        ("?objects=5&scale=1.1", "take scale=1"),
     ],
 )
 def test_wrong_specs_are_one_clear_line(spec, words):

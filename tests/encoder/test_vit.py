@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
@@ -285,6 +288,20 @@ def test_config_reaches_timm() -> None:
     twin = create_encoder(EncoderConfig("vit_tiny_patch16_224", 4, 32, False, 0, 1, depth=1))
     assert twin.num_prefix_tokens == 0 and type(twin.blocks[0].mlp.act).__name__ == "GELUTanh"
     assert isinstance(twin.fc_norm, torch.nn.Identity) and isinstance(twin.norm, torch.nn.LayerNorm)
+
+
+def test_weight_init_reaches_every_linear_map() -> None:
+    """Xavier (Glorot and Bengio 2010, eq. 16): uniform within sqrt(6 / (fan_in + fan_out)), so of that variance / 3."""
+    config = EncoderConfig("vit_tiny_patch16_224", 8, 32, True, 4, 3, depth=2, weight_init="xavier")
+    encoder, narrow = create_encoder(config), create_encoder(replace(config, weight_init="trunc_normal"))
+    for name, weight in encoder.named_parameters():
+        if name.endswith(".weight") and weight.ndim > 1:
+            matrix = weight.flatten(1)
+            bound = math.sqrt(6 / sum(matrix.shape))
+            assert matrix.abs().max() <= bound and matrix.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03)
+        if name.endswith(".bias"):
+            assert not weight.any(), name
+    assert narrow.blocks[0].attn.qkv.weight.std().item() == pytest.approx(0.02, rel=0.03)
 
 
 @pytest.mark.parametrize("init_values", [1e-5, 1.0])
