@@ -132,7 +132,7 @@ def create_encoder(config: EncoderConfig) -> VisionTransformer:
 
 @torch.no_grad()
 def init_xavier(encoder: nn.Module) -> None:
-    """Xavier-uniform linear maps and patch embedding with zero biases, as MAE starts (arXiv:2111.06377, appendix A.1).
+    """Xavier-uniform linear maps and patch embedding, zero biases, sine-cosine positions (MAE, arXiv:2111.06377, A.1).
 
     timm's default, DINO's normal of std 0.02, is 2.5 times smaller at width 192: narrow encoders start slowly.
     """
@@ -142,6 +142,20 @@ def init_xavier(encoder: nn.Module) -> None:
             nn.init.xavier_uniform_(linear.weight.flatten(1))
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
+    if getattr(encoder, "no_embed_class", False) and encoder.pos_embed is not None:
+        encoder.pos_embed.copy_(sincos_positions(encoder.patch_embed.grid_size, encoder.embed_dim))
+
+
+def sincos_positions(grid: tuple[int, int], dim: int) -> Tensor:
+    """Fixed 2-D sine-cosine positions (MAE, appendix A.1; Vaswani et al. 2017, section 3.5): (N, dim), row-major.
+
+    Half of the channels encode the column, half the row; wavelengths from 2 pi to 10000 * 2 pi.
+    """
+    assert dim % 4 == 0, f"decoder width {dim} must be a multiple of 4"
+    frequencies = 1.0 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    rows, columns = torch.meshgrid(*(torch.arange(side, dtype=torch.float64) for side in grid), indexing="ij")
+    angles = [axis.reshape(-1, 1) * frequencies for axis in (columns, rows)]
+    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1).float()
 
 
 def create_timm(name: str, args: dict[str, Any]) -> Encoder:

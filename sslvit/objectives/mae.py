@@ -10,21 +10,9 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from sslvit.encoder.vit import Tokens, forward_block, patchify
+from sslvit.encoder.vit import Tokens, forward_block, patchify, sincos_positions
 from sslvit.objectives.config import MaeConfig
 from sslvit.objectives.passes import Draw, Pass, concatenate, num_visible
-
-
-def sincos_positions(grid: tuple[int, int], dim: int) -> Tensor:
-    """Fixed 2-D sine-cosine positions (MAE, appendix A.1; Vaswani et al. 2017, section 3.5): (N, dim), row-major.
-
-    Half of the channels encode the column, half the row; wavelengths from 2 pi to 10000 * 2 pi.
-    """
-    assert dim % 4 == 0, f"decoder width {dim} must be a multiple of 4"
-    frequencies = 1.0 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
-    rows, columns = torch.meshgrid(*(torch.arange(side, dtype=torch.float64) for side in grid), indexing="ij")
-    angles = [axis.reshape(-1, 1) * frequencies for axis in (columns, rows)]
-    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1).float()
 
 
 def normalized_patches(images: Tensor, patch_size: int) -> Tensor:

@@ -22,6 +22,7 @@ from sslvit.encoder.vit import (
     forward_tokens,
     num_patches,
     patchify,
+    sincos_positions,
     unpatchify,
 )
 from sslvit.errors import InputError
@@ -301,6 +302,7 @@ def test_weight_init_reaches_every_linear_map() -> None:
             assert matrix.abs().max() <= bound and matrix.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03)
         if name.endswith(".bias"):
             assert not weight.any(), name
+    assert torch.equal(encoder.pos_embed[0], sincos_positions((4, 4), 192))
     assert narrow.blocks[0].attn.qkv.weight.std().item() == pytest.approx(0.02, rel=0.03)
 
 

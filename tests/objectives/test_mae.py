@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from sslvit.encoder.vit import Tokens, patchify
+from sslvit.encoder.vit import Tokens, patchify, sincos_positions
 from sslvit.objectives.config import MaeConfig
-from sslvit.objectives.mae import Mae, normalized_patches, sincos_positions
+from sslvit.objectives.mae import Mae, normalized_patches
 from sslvit.objectives.passes import Draw
 
 
