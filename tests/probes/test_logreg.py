@@ -6,7 +6,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from sslvit.errors import InputError
-from sslvit.probes import logreg
+from sslvit.probes import convex, logreg
 
 
 def problem(n, dim=16, classes=6, seed=0, noise=1.5):
@@ -76,8 +76,8 @@ def test_rows_in_parts_are_all_rows(monkeypatch):
     expected = torch.nn.functional.cross_entropy(x @ solution[:-1] + solution[-1], y)
     expected.backward()
     for limit in (2**24, 7 * 6):
-        monkeypatch.setattr(logreg, "MAX_LOGITS", limit)
-        loss, gradient = logreg.cross_entropy_and_gradient(x, y, solution.detach())
+        monkeypatch.setattr(convex, "MAX_SCORES", limit)
+        loss, gradient = convex.loss_and_gradient(x, y, solution.detach(), convex.class_slopes)
         torch.testing.assert_close(loss, expected.detach())
         torch.testing.assert_close(gradient, solution.grad)
 
