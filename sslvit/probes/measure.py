@@ -15,6 +15,7 @@ from sslvit.errors import InputError
 from sslvit.probes import segmentation
 from sslvit.probes.config import EvaluateConfig
 from sslvit.probes.features import Examples
+from sslvit.probes.knn import check_features
 from sslvit.probes.protocols import fit_segmentation, measure_duplicates, measure_health, probe_for
 from sslvit.probes.scores import Score, mean_score, score
 
@@ -32,6 +33,7 @@ def measure(name: str, train: Examples, val: Examples, config: EvaluateConfig) -
         return measure_health(train, config)
     if name not in WITHOUT_TRAIN:
         check_apart(train, val)
+    check_features(train.features.cls, val.features.cls)
     if name == "segmentation":
         return _measure_masks(train, val, config)
     labels = shared_labels(train.source, val.source)

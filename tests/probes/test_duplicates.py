@@ -34,8 +34,9 @@ def test_concordance_is_lins():
     first = rng.integers(0, 256, (5, 3, 8, 8), dtype=np.uint8)
     second = np.clip(first + rng.normal(0, 60, first.shape), 0, 255).astype(np.uint8)
     for a, b, said in zip(first / 255, second / 255, concordance(first, second), strict=True):
-        cov = sum((x - a.mean()) * (y - b.mean()) for x, y in zip(a.ravel(), b.ravel(), strict=True)) / a.size
-        assert said == pytest.approx(2 * cov / (a.var() + b.var() + (a.mean() - b.mean()) ** 2), abs=1e-3)
+        shared = sum((x - a[c].mean()) * (y - b[c].mean()) for c in range(3) for x, y in zip(a[c].flat, b[c].flat, strict=True))
+        spread = sum(a[c].var() + b[c].var() + (a[c].mean() - b[c].mean()) ** 2 for c in range(3))
+        assert said == pytest.approx(2 * shared / 64 / spread, abs=1e-3)
     assert concordance(first, first) == pytest.approx(1)
     assert (concordance(first, 255 - first) < -0.9).all()
 
@@ -45,6 +46,12 @@ def test_blank_images_are_alike_when_their_grey_is():
     other = np.stack([np.full((3, 4, 4), value, np.uint8) for value in (100, 101, 140)])
     assert (concordance(grey, other) >= duplicates.ALIKE).tolist() == [True, False, False]
     assert concordance(grey, other)[1] > 0.7
+
+
+def test_a_common_tint_is_no_likeness():
+    noise = np.random.default_rng(0).normal(0, 10, (2, 3, 16, 16))
+    tinted = (np.array([200, 30, 100])[:, None, None] + noise).astype(np.uint8)
+    assert abs(concordance(tinted[:1], tinted[1:])[0]) < 0.3
 
 
 def test_copies_are_found_and_likenesses_are_not(tmp_path):
