@@ -7,6 +7,7 @@ both (32 px) have a concordance of at least .99, Lin's 2 cov / (var + var + (dif
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,11 +29,10 @@ PROTOCOL = (
 
 @dataclass(frozen=True)
 class Pair:
-    """An image and the one it repeats, by row of the features; cosine of the features, concordance of the pixels."""
+    """An image and the one it repeats, by row of the features, and the concordance of their thumbnails."""
 
     row: int
     other: int
-    cosine: float
     concordance: float
 
 
@@ -52,17 +52,24 @@ def near_duplicates(train: Examples, val: Examples) -> list[Pair]:
     """The validation images with a near-duplicate in train, the surest first; `row` is of val, `other` of train."""
     cosines, candidates = nearest(train.features.cls, val.features.cls, NUM_CANDIDATES)
     rows = np.sort(np.argsort(-cosines[:, 0], kind="stable")[:MAX_CHECKED])
-    wanted = np.unique(candidates[rows])
-    shown, known = thumbnails(val, rows), thumbnails(train, wanted)
+    known = thumbnails(train, np.unique(candidates[rows]))
+    return alike_pairs({int(row): candidates[row] for row in rows}, thumbnails(val, rows), known)
+
+
+def alike_pairs(
+    candidates: Mapping[int, np.ndarray], shown: Mapping[int, np.ndarray], known: Mapping[int, np.ndarray]
+) -> list[Pair]:
+    """Of each row's candidates the one most like it, where it is a near-duplicate, the surest first.
+
+    shown, known: thumbnails (C, 32, 32) uint8 by row and by candidate; a missing one cannot be compared.
+    """
     pairs = []
-    for row in rows.tolist():
-        others = [int(other) for other in candidates[row] if int(other) in known] if row in shown else []
-        if others:
+    for row, wanted in candidates.items():
+        others = [other for other in wanted.tolist() if other in known]
+        if others and row in shown:
             stacked = np.stack([known[other] for other in others])
             alike = concordance(np.broadcast_to(shown[row], stacked.shape), stacked)
-            best = int(alike.argmax())
-            place = int(np.flatnonzero(candidates[row] == others[best])[0])
-            pairs.append(Pair(row, others[best], float(cosines[row, place]), float(alike[best])))
+            pairs.append(Pair(row, others[int(alike.argmax())], float(alike.max())))
     return sorted((pair for pair in pairs if pair.concordance >= ALIKE), key=lambda pair: -pair.concordance)
 
 

@@ -90,4 +90,3 @@ def rotated(features: np.ndarray) -> tuple[Tensor, Tensor | None]:
         return x, None
     basis = torch.linalg.svd(x, full_matrices=False).Vh.T
     return x @ basis, basis
-

@@ -47,9 +47,11 @@ def measure(name: str, train: Examples, val: Examples, config: EvaluateConfig) -
     for one in (one for scores in per_label.values() for one in scores):
         by_metric.setdefault(one.metric, []).append(one)
     means = [mean_score(scores, config.seed) for scores in by_metric.values() if len(scores) == len(labels)]
-    return means + [
-        replace(one, metric=f"{label}/{one.metric}") for label, scores in per_label.items() for one in scores
-    ] + further
+    return (
+        means
+        + [replace(one, metric=f"{label}/{one.metric}") for label, scores in per_label.items() for one in scores]
+        + further
+    )
 
 
 def check_apart(train: Examples, val: Examples) -> None:

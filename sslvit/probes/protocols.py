@@ -12,7 +12,19 @@ from dataclasses import replace
 import numpy as np
 
 from sslvit.errors import InputError
-from sslvit.probes import attentive, augmented, cluster, duplicates, fewshot, health, knn, linear, logreg, regression, retrieval
+from sslvit.probes import (
+    attentive,
+    augmented,
+    cluster,
+    duplicates,
+    fewshot,
+    health,
+    knn,
+    linear,
+    logreg,
+    regression,
+    retrieval,
+)
 from sslvit.probes import segmentation as dense
 from sslvit.probes.config import EvaluateConfig
 from sslvit.probes.features import Examples
@@ -302,7 +314,6 @@ def measure_duplicates(train: Examples, val: Examples, config: EvaluateConfig) -
         {
             "val": val.features.names[pair.row],
             "train": train.features.names[pair.other],
-            "cosine": round(pair.cosine, 4),
             "concordance": round(pair.concordance, 4),
         }
         for pair in pairs
