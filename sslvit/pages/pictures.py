@@ -1,7 +1,8 @@
 """Pictures of what an encoder was shown and what it makes of it. Needs the encoder and its images; makes no page.
 
 A few images of the run's own data: crops as the model sees them, attention of the class token, patch features as
-colours, MAE's guesses, nearest neighbours, worst cases and near-duplicates. What cannot be made leaves a sentence in `missing` instead.
+colours, MAE's guesses, nearest neighbours, worst cases, near-duplicates. What cannot be made leaves a sentence in
+`missing` instead.
 """
 
 from __future__ import annotations
@@ -354,9 +355,8 @@ def neighbour_strips(gallery: Gallery) -> list[Strip]:
 def worst_strips(gallery: Gallery) -> list[Strip]:
     """The images whose neighbours vote most surely for another class, and those neighbours; for the first label."""
     source = gallery.sample.source
-    label = next(
-        (name for name, values in source.labels.items() if values.ndim == 1 and values.dtype.kind == "i"), None
-    )
+    classes = (name for name, values in source.labels.items() if values.ndim == 1 and values.dtype.kind == "i")
+    label = next(classes, None)
     if label is None:
         return []
     found = misplaced(gallery.features, source.labels[label][gallery.sample.places])[:NUM_WORST]

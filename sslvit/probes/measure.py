@@ -58,8 +58,8 @@ def check_apart(train: Examples, val: Examples) -> None:
     """InputError when both are the same images: the number would say what was learnt by heart."""
     if train.digest == val.digest:
         raise InputError(
-            f"the training and the validation set are the same images ({val.source.spec}), so a probe would be judged on "
-            "what it was fitted to; give another --val-dataset"
+            f"the training and the validation set are the same images ({val.source.spec}), so a probe would be judged "
+            "on what it was fitted to; give another --val-dataset"
         )
 
 

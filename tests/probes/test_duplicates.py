@@ -34,9 +34,8 @@ def test_concordance_is_lins():
     first = rng.integers(0, 256, (5, 3, 8, 8), dtype=np.uint8)
     second = np.clip(first + rng.normal(0, 60, first.shape), 0, 255).astype(np.uint8)
     for a, b, said in zip(first / 255, second / 255, concordance(first, second), strict=True):
-        shared = sum(
-            (x - a[c].mean()) * (y - b[c].mean()) for c in range(3) for x, y in zip(a[c].flat, b[c].flat, strict=True)
-        )
+        deviations = [(a[c] - a[c].mean(), b[c] - b[c].mean()) for c in range(3)]
+        shared = sum(x * y for one, two in deviations for x, y in zip(one.flat, two.flat, strict=True))
         spread = sum(a[c].var() + b[c].var() + (a[c].mean() - b[c].mean()) ** 2 for c in range(3))
         assert said == pytest.approx(2 * shared / 64 / spread, abs=1e-3)
     assert concordance(first, first) == pytest.approx(1)
