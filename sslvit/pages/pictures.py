@@ -369,7 +369,7 @@ def worst_strips(gallery: Gallery) -> list[Strip]:
             one.row,
             _with_cosines(index[one.row], similarities[one.row]),
             f"neighbours say {names(number)} ({one.share:.0%})",
-            "neighbour",
+            "voter",
         )
         for number, one in enumerate(found)
     ]
