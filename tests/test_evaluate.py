@@ -190,6 +190,7 @@ def test_numbers_and_several_classes_have_their_own_scores(tmp_path):
         ({"protocol": []}, "protocol is empty"),
         ({"controls": ["noise"]}, "'noise' is unknown"),
         ({"linear_steps": 0}, "at least 1"),
+        ({"crop_pct": 1.2}, "crop_pct is 1.2"),
         ({"val": "scenes:?n=4&size=32&objects=1&label=size&split=val"}, "share no label"),
         ({"train": "/nowhere"}, "nowhere"),
     ],
@@ -281,7 +282,7 @@ def test_augmented_linear_runs_the_encoder_on_crops(tmp_path):
 
 
 def test_image_size_may_be_another(tmp_path):
-    assert "48 px" in by_name(evaluate(tmp_path, image_size=48))["knn/top1"]["protocol"]
+    assert "48 px, crop 0.875" in by_name(evaluate(tmp_path, image_size=48, crop_pct=0.875))["knn/top1"]["protocol"]
 
 
 def test_real_images(tmp_path, real_data):

@@ -88,8 +88,8 @@ def _open(spec: str | None, config: EvaluateConfig) -> Digested:
 def _subjects(config: EvaluateConfig, device: str) -> Iterator[Subject]:
     """The encoder, then the controls, one in memory at a time."""
     encoder = load_encoder(str(config.encoder), device=device)
-    if config.image_size is not None:
-        encoder = replace(encoder, preprocessing=replace(encoder.preprocessing, image_size=config.image_size))
+    wanted = {key: getattr(config, key) for key in ("image_size", "crop_pct") if getattr(config, key) is not None}
+    encoder = replace(encoder, preprocessing=replace(encoder.preprocessing, **wanted))
     yield Subject("", encoder)
     if "random_init" in config.controls:
         yield Subject("random_init", random_like(encoder, config.seed))
