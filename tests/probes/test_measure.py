@@ -100,15 +100,17 @@ def test_nan_features_are_an_error(name, where):
         measure(name, made("train", features["train"], labels), made("validation", features["val"], labels), CONFIG)
 
 
-@pytest.mark.parametrize("name", ["knn", "linear", "fewshot"])
+@pytest.mark.parametrize("name", ["knn", "linear"])
 def test_a_hundred_thousand_classes(name):
-    """As many classes as a head could be asked for; nothing is images x classes in size."""
-    labels = np.random.default_rng(0).permutation(100_000)[:300]
+    """One image of nearly each: nothing is images x classes in size."""
+    labels = np.concatenate([np.arange(100_000), np.arange(20)])
     config = EvaluateConfig(linear_steps=1, linear_batch_size=4)
-    names = [str(i) for i in range(100_000)]
-    train = made("train", clouds(np.arange(300), dim=4), labels, names)
-    val = made("validation", clouds(np.arange(300), seed=1, dim=4)[:40], labels[:40], names)
-    assert all(np.isfinite(one.value) for one in measure(name, train, val, config))
+    features = np.random.default_rng(0).normal(size=(len(labels), 4))
+    val = made("validation", features[:40] + 1e-4, labels[:40])
+    scores = {one.metric: one.value for one in measure(name, made("train", features, labels), val, config)}
+    assert scores["top5"] >= scores["top1"] >= 0
+    if name == "knn":
+        assert scores["top1"] > 0.5
 
 
 @pytest.mark.parametrize("name", ["knn", "linear", "logreg"])

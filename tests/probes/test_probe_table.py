@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -119,6 +121,18 @@ def test_data_sets_and_names(table):
     for twice in ([("", "runs/a")] * 2, [("x", "runs/a"), ("x", "runs/b")]):
         with pytest.raises(InputError, match="twice"):
             table.short_names(twice)
+
+
+def test_the_commands_of_the_readmes_are_accepted(table):
+    """Word for word, but for running them."""
+    text = (BENCHMARKS / "README.md").read_text() + (BENCHMARKS.parent / "README.md").read_text()
+    lines = re.findall(r"^python benchmarks/(?:linear_probe|knn)\.py (.*)$", text, flags=re.M)
+    assert len(lines) >= 5
+    for line in lines:
+        cells = table.plan(table._parse(["linear"], "", shlex.split(line)))
+        assert cells and len({cell.folder for cell in cells}) == len(cells)
+        for cell in cells:
+            assert table.command(cell)[0] == "evaluate"
 
 
 def test_unknown_keys_are_refused_before_anything_runs(table, tmp_path, capsys):
