@@ -231,8 +231,8 @@ def test_labels_from_a_file_do_not_hide_changed_images(tmp_path):
     keys = {"label_file": str(tmp_path / "labels.csv"), "protocol": "health"}
     before = by_name(evaluate(tmp_path, *sets, **keys))["health/rankme"]["value"]
     image = np.random.default_rng(3).integers(0, 255, (32, 32, 3)).astype(np.uint8)
-    Image.fromarray(image).save(sets[0] / "a" / "10.png")  # none of the images whose bytes are looked at
-    os.utime(sets[0] / "a" / "10.png", ns=(1, 1))
+    Image.fromarray(image).save(sets[0] / "a" / "1.png")  # none of the 16 whose bytes are looked at
+    os.utime(sets[0] / "a" / "1.png", ns=(1, 1))
     assert by_name(evaluate(tmp_path, *sets, **keys))["health/rankme"]["value"] != before
 
 

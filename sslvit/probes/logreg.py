@@ -51,10 +51,10 @@ def fit(
     classes, ids = np.unique(labels, return_inverse=True)
     x, y = rotated(features)[0].to(device), torch.from_numpy(ids).to(device)
     fitting, choosing = (torch.from_numpy(part).to(device) for part in choice_split(ids, seed))
-    start = convex.zeros(x, len(classes))
-    parts = [(x[rows], y[rows]) for rows in (fitting, choosing)]
+    start, fit_on, choose_on = convex.zeros(x, len(classes)), (x[fitting], y[fitting]), (x[choosing], y[choosing])
     del x
-    return fit_one(features, labels, convex.best_strength(*parts, convex.class_slopes, grid, _merit, start), device)
+    chosen = convex.best_strength(fit_on, choose_on, convex.class_slopes, grid, _merit, start)
+    return fit_one(features, labels, chosen, device)
 
 
 def _merit(x: Tensor, y: Tensor, solution: Tensor) -> tuple[float, float]:

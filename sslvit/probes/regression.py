@@ -63,8 +63,8 @@ def fit_presence(features: np.ndarray, present: np.ndarray, seed: int) -> tuple[
     """Predictor of scores (m, C) and its C, from `features` (n, D) and `present` (n, C) of 0 and 1."""
     check_features(features)
     x, y = torch.from_numpy(features.astype(np.float64)), torch.from_numpy(present.astype(np.float64))
-    parts = [(x[rows], y[rows]) for rows in choice_split(np.zeros(len(x)), seed)]
+    fit_on, choose_on = ((x[rows], y[rows]) for rows in choice_split(np.zeros(len(x)), seed))
     slopes, start = convex.presence_slopes, convex.zeros(x, y.shape[1])
-    chosen = convex.best_strength(*parts, slopes, STRENGTHS, convex.minus_loss(slopes), start)
+    chosen = convex.best_strength(fit_on, choose_on, slopes, STRENGTHS, convex.minus_loss(slopes), start)
     solution = convex.minimise(x, y, slopes, chosen).numpy()
     return lambda queries: queries.astype(np.float64) @ solution[:-1] + solution[-1], chosen

@@ -115,8 +115,10 @@ def mean_score(scores: Sequence[Score], seed: int) -> Score:
         return per_image_score(scores[0].metric, np.mean(images, axis=0), words, seed)
     value, num_images = float(np.mean([s.value for s in scores])), min(s.num_images for s in scores)
     intervals = [s.ci95 for s in scores if s.ci95 is not None]
-    low, high = np.mean(intervals, axis=0).tolist() if len(intervals) == len(scores) else (None, None)
-    return Score(scores[0].metric, value, None if low is None else (low, high), words, num_images)
+    if len(intervals) < len(scores):
+        return Score(scores[0].metric, value, None, words, num_images)
+    low, high = np.mean(intervals, axis=0).tolist()
+    return Score(scores[0].metric, value, (low, high), words, num_images)
 
 
 def per_image_score(metric: str, values: np.ndarray, protocol: str, seed: int) -> Score:

@@ -103,10 +103,12 @@ class LinearHead:
         self.scale = 1 / (patches.tokens.std(axis=0) + 1e-6)
         x = torch.from_numpy((patches.tokens - self.mean) * self.scale)
         y = torch.from_numpy(patches.shares)
-        parts = [(x[rows], y[rows]) for rows in (slice(0, len(x) - num_choosing), slice(len(x) - num_choosing, None))]
+        last = len(x) - num_choosing
         slopes, start = convex.share_slopes, convex.zeros(x, y.shape[1])
         merit = convex.minus_loss(slopes)
-        self.strength = convex.best_strength(*parts, slopes, STRENGTHS, merit, start, max_steps=MAX_STEPS)
+        self.strength = convex.best_strength(
+            (x[:last], y[:last]), (x[last:], y[last:]), slopes, STRENGTHS, merit, start, max_steps=MAX_STEPS
+        )
         self.solution = convex.minimise(x, y, slopes, self.strength, max_steps=MAX_STEPS)
 
     def __call__(self, tokens: Tensor) -> Tensor:
