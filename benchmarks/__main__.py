@@ -10,6 +10,7 @@ HERE = Path(__file__).parent
 BENCHMARKS = {
     "data": ("decode and views per core beside DINO's pipeline and torchvision", "10 minutes", []),
     "linear_probe": ("linear probes of random encoders on the built-in scenes", "5 minutes", ["--quick"]),
+    "knn_million": ("k-NN among a million features beside plain torch", "20 minutes", []),
     "knn": ("k-NN of random encoders on the built-in scenes", "2 minutes", ["--quick"]),
 }
 

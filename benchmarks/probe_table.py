@@ -12,6 +12,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from sslvit.config import EvaluateConfig, as_dict, changed_keys, load_config
 from sslvit.errors import EXIT_INPUT, InputError
 from sslvit.probes.config import CONTROLS
 from sslvit.run_folder import write_atomically
+from sslvit.verbs.submit import submit_all
 
 LIVE = ("waiting", "running", "unknown")
 FREE_KEYS = ("num_workers", "batch_size", "device", "overwrite")
@@ -65,14 +67,15 @@ def main(protocol: list[str], description: str, arguments: list[str] | None = No
     os.environ.setdefault("SSLVIT_CACHE", str(options.output_dir))
     try:
         cells = plan(options)
-        problems = _submit(cells, options.launch) if options.launch else _run(cells)
-        write_tables(cells, options.output_dir, options.name)
+        problems = _submit(cells, options) if options.launch else _run(cells)
+        write_tables(cells, options.output_dir / options.name)
+        copy_tables(options.output_dir / options.name, options.json)
     except InputError as error:
         print(error, file=sys.stderr)
         return EXIT_INPUT
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(options.json, json.dumps(table_rows(cells), indent=1) + "\n")
+    rows = table_rows(cells)
+    if rows:
+        print(f"\n{markdown(rows)}\n{options.output_dir / options.name}.md .csv .json .png")
     for problem in problems:
         print(problem, file=sys.stderr)
     return EXIT_INPUT if problems else 0
@@ -80,7 +83,7 @@ def main(protocol: list[str], description: str, arguments: list[str] | None = No
 
 def _parse(protocol: list[str], description: str, arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--encoders", nargs="+", metavar="E", help="as `sslvit evaluate --encoder`")
+    parser.add_argument("--encoders", nargs="+", metavar="E", help="E, or LABEL=E for a name in the table")
     parser.add_argument("--datasets", nargs="+", metavar="NAME=TRAIN,VAL", help="with commas in a spec: NAME=TRAIN;VAL")
     parser.add_argument("--protocol", default=",".join(protocol), metavar="NAMES", help="default: %(default)s")
     parser.add_argument(
@@ -88,15 +91,17 @@ def _parse(protocol: list[str], description: str, arguments: list[str] | None) -
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="further keys of `sslvit evaluate`")
-    parser.add_argument("--launch", metavar="L.yaml", help="one job per cell; without it, cells run here, in turn")
+    parser.add_argument("--launch", metavar="L.yaml", help="as jobs, a task per cell; without it, here, in turn")
     parser.add_argument("--quick", action="store_true", help="at most 2000 images of each set and 1000 steps")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="all rows, in the form of results.json")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="all rows; .md, .csv and .png beside it")
     parser.add_argument("--output-dir", type=Path, metavar="OUT")
     options = parser.parse_args(arguments)
     options.name = Path(sys.argv[0]).stem if arguments is None else "table"
     options.output_dir = (options.output_dir or Path("runs") / f"benchmark-{protocol[0]}").absolute()
     if not options.quick and not (options.encoders and options.datasets):
         parser.error("give --encoders and --datasets, or --quick for a small built-in example")
+    if options.json and options.json.suffix != ".json":
+        parser.error(f"--json {options.json}: the name must end in .json")
     options.encoders = options.encoders or QUICK_ENCODERS
     options.datasets = options.datasets or QUICK_DATASETS
     return options
@@ -104,7 +109,8 @@ def _parse(protocol: list[str], description: str, arguments: list[str] | None) -
 
 def plan(options: argparse.Namespace) -> list[Cell]:
     """Every cell, checked: encoders x data sets x seeds. Raw pixels are measured once per data set and seed."""
-    labels = short_names(options.encoders)
+    encoders = [split_encoder(text) for text in options.encoders]
+    labels = short_names(encoders)
     protocol = [name for name in options.protocol.split(",") if name]
     controls = [name for name in options.controls.split(",") if name]
     extra = dict(text.partition("=")[::2] for text in options.set)
@@ -112,7 +118,7 @@ def plan(options: argparse.Namespace) -> list[Cell]:
     cells = []
     for text in options.datasets:
         name, train, val = split_dataset(text)
-        for number, (label, encoder) in enumerate(zip(labels, options.encoders, strict=True)):
+        for number, (label, (_, encoder)) in enumerate(zip(labels, encoders, strict=True)):
             for seed in options.seeds:
                 keys = {
                     "encoder": encoder,
@@ -145,16 +151,26 @@ def split_dataset(text: str) -> tuple[str, str, str]:
     return name, parts[0], parts[1]
 
 
-def short_names(encoders: list[str]) -> list[str]:
-    """A name for each encoder, fit for a table and for a folder: its end, or all of it where ends agree."""
+def split_encoder(text: str) -> tuple[str, str]:
+    """`LABEL=E` to its parts, the label "" where there is none: the `=` of `E?option=value` is none of ours."""
+    label, equals, encoder = text.partition("=")
+    if not equals or not encoder or not re.fullmatch(r"[\w.-]+", label) or Path(text).exists():
+        return "", text
+    return label, encoder
+
+
+def short_names(encoders: list[tuple[str, str]]) -> list[str]:
+    """A name for each (label, encoder), fit for a table and for a folder: its label, its end, or all of it."""
 
     def slug(text: str) -> str:
         return re.sub(r"[^\w.@=-]+", "-", text).strip("-.")
 
-    ends = [slug(encoder.rstrip("/").split("/")[-1]) for encoder in encoders]
-    names = [slug(encoder) if ends.count(end) > 1 else end for encoder, end in zip(encoders, ends, strict=True)]
+    ends = [label or slug(encoder.rstrip("/").split("/")[-1]) for label, encoder in encoders]
+    names = [
+        slug(e) if not label and ends.count(end) > 1 else end for (label, e), end in zip(encoders, ends, strict=True)
+    ]
     if len(set(names)) < len(names):
-        raise InputError(f"--encoders names one of them twice: {', '.join(encoders)}")
+        raise InputError(f"--encoders names one of them twice: {', '.join(names)}; write LABEL=E to tell them apart")
     return names
 
 
@@ -173,11 +189,12 @@ def _run(cells: list[Cell]) -> list[str]:
     return problems
 
 
-def _submit(cells: list[Cell], launch: str) -> list[str]:
-    """Queue a job for every unfinished cell, wait for all of them, return what went wrong."""
+def _submit(cells: list[Cell], options: argparse.Namespace) -> list[str]:
+    """Queue every unfinished cell (on Slurm one array, a task per cell), wait for all, return what went wrong."""
     waiting = [cell for cell in cells if not cell.finished]
-    for cell in waiting:
-        sslvit.submit(command(cell), launch=launch)
+    if waiting:
+        submit_all([command(cell) for cell in waiting], launch=options.launch, base=options.output_dir)
+        print(f"{len(waiting)} cells queued: sslvit submit --status {options.output_dir}", flush=True)
     states: dict[Path, dict] = {}
     while waiting:
         for cell in waiting:
@@ -259,23 +276,31 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join(lines + [f"- {protocol}" for protocol in protocols]) + "\n"
 
 
-def write_tables(cells: list[Cell], folder: Path, name: str) -> None:
-    """NAME.md, NAME.csv, NAME.json and, with matplotlib, NAME.png in `folder`; the Markdown is printed too."""
+def write_tables(cells: list[Cell], stem: Path) -> None:
+    """STEM.md, STEM.csv, STEM.json and, with matplotlib, STEM.png."""
     rows = table_rows(cells)
     if not rows:
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / f"{name}.md", markdown(rows))
-    write_atomically(folder / f"{name}.json", json.dumps(rows, indent=1) + "\n")
-    with open(folder / f"{name}.csv", "w", newline="") as file:
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(Path(f"{stem}.md"), markdown(rows))
+    write_atomically(Path(f"{stem}.json"), json.dumps(rows, indent=1) + "\n")
+    with open(f"{stem}.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["encoder", "data", "name", "seed", "value", "low", "high", "protocol"])
         for row in rows:
             encoder, _, metric = row["name"].partition("/")
             low, high = row["ci95"] or ("", "")
             writer.writerow([encoder, row["data"], metric, row["seed"], row["value"], low, high, row["protocol"]])
-    plot(rows, folder / f"{name}.png")
-    print(f"\n{markdown(rows)}\n{folder / name}.md .csv .json")
+    plot(rows, Path(f"{stem}.png"))
+
+
+def copy_tables(stem: Path, file: Path | None) -> None:
+    """The tables beside --json FILE as well."""
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        for written in [Path(f"{stem}{suffix}") for suffix in (".json", ".md", ".csv", ".png")]:
+            if written.exists():
+                shutil.copyfile(written, file.with_suffix(written.suffix))
 
 
 def plot(rows: list[dict], file: Path) -> None:

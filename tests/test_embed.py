@@ -1,5 +1,7 @@
 """embed writes exactly what evaluate judges."""
 
+import json
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -52,6 +54,17 @@ def test_several_labels_stand_side_by_side(tmp_path):
     arrays = sslvit.embed(encoder=ENCODER, data=data, output_file=tmp_path / "f.npz", num_workers=0)
     assert arrays["labels"].shape == (12, 3)
     assert arrays["label_names"].tolist() == ["shape", "colour", "size"]
+
+
+def test_numbers_stay_numbers(tmp_path):
+    """Ages of 1.5 and 2.5 are no classes 1 and 2."""
+    for i, age in enumerate((1.5, 2.5, 40.0)):
+        Image.new("RGB", (32, 32), (60 * i, 9, 9)).save(tmp_path / f"{i}.png")
+        with open(tmp_path / "rows.jsonl", "a") as file:
+            file.write(json.dumps({"image": f"{i}.png", "label": age}) + "\n")
+    keys = {"encoder": ENCODER, "data": f"jsonl:{tmp_path}/rows.jsonl", "num_workers": 0}
+    arrays = sslvit.embed(output_file=tmp_path / "f.npz", **keys)
+    assert arrays["labels"].dtype == np.float64 and arrays["labels"].tolist() == [1.5, 2.5, 40.0]
 
 
 def test_without_labels_and_with_odd_names(tmp_path):

@@ -1,6 +1,8 @@
 """evaluate from end to end on tiny sets: rows, leaks, edge cases, resuming."""
 
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -188,6 +190,7 @@ def test_numbers_and_several_classes_have_their_own_scores(tmp_path):
         ({"protocol": []}, "protocol is empty"),
         ({"controls": ["noise"]}, "'noise' is unknown"),
         ({"linear_steps": 0}, "at least 1"),
+        ({"crop_pct": 1.2}, "crop_pct is 1.2"),
         ({"val": "scenes:?n=4&size=32&objects=1&label=size&split=val"}, "share no label"),
         ({"train": "/nowhere"}, "nowhere"),
     ],
@@ -198,9 +201,39 @@ def test_wrong_input_is_named(tmp_path, keys, message):
 
 
 def test_segmentation_needs_masks(tmp_path):
-    folder = folder_of(tmp_path / "images", {"a": 3, "b": 3})
+    sets = folder_of(tmp_path / "train", {"a": 3, "b": 3}), folder_of(tmp_path / "val", {"a": 2, "b": 2}, seed=1)
     with pytest.raises(InputError, match="no masks"):
-        evaluate(tmp_path, folder, folder, protocol="segmentation")
+        evaluate(tmp_path, *sets, protocol="segmentation")
+
+
+def test_the_training_images_are_no_validation_set(tmp_path):
+    """However the set is written; a probe could be tuned on what it is judged by."""
+    folder = folder_of(tmp_path / "train", {"a": 3, "b": 3})
+    with pytest.raises(InputError, match="the same images"):
+        evaluate(tmp_path, folder, f"folder:{folder}")
+    assert "cluster/nmi" in by_name(evaluate(tmp_path, folder, folder, protocol="cluster"))
+
+
+def test_validation_images_that_train_holds_are_counted_and_named(tmp_path):
+    train, val = folder_of(tmp_path / "train", {"a": 6, "b": 6}), folder_of(tmp_path / "val", {"a": 4, "b": 4}, seed=9)
+    shutil.copy(train / "a" / "2.png", val / "b" / "copy.png")
+    row = by_name(evaluate(tmp_path, train, val, protocol="retrieval", controls=["pixels"]))["retrieval/duplicates"]
+    assert row["value"] == pytest.approx(1 / 9) and row["ci95"][1] > 0
+    cases = json.loads((tmp_path / "out" / "evaluate" / "duplicates.json").read_text())
+    assert [(case["val"], case["train"]) for case in cases] == [("b/copy.png", "a/2.png")]
+
+
+def test_labels_from_a_file_do_not_hide_changed_images(tmp_path):
+    """Features are found again by the images' own fingerprint, also where a CSV file names the classes."""
+    sets = folder_of(tmp_path / "train", {"a": 20, "b": 20}), folder_of(tmp_path / "val", {"a": 20, "b": 20}, seed=1)
+    lines = ["name,kind"] + [f"{c}/{i}.png,{c}" for c in "ab" for i in range(20)]
+    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    keys = {"label_file": str(tmp_path / "labels.csv"), "protocol": "health"}
+    before = by_name(evaluate(tmp_path, *sets, **keys))["health/rankme"]["value"]
+    image = np.random.default_rng(3).integers(0, 255, (32, 32, 3)).astype(np.uint8)
+    Image.fromarray(image).save(sets[0] / "a" / "1.png")  # none of the 16 whose bytes are looked at
+    os.utime(sets[0] / "a" / "1.png", ns=(1, 1))
+    assert by_name(evaluate(tmp_path, *sets, **keys))["health/rankme"]["value"] != before
 
 
 # ---- folders and resuming -------------------------------------------------------------------------------------------
@@ -249,7 +282,7 @@ def test_augmented_linear_runs_the_encoder_on_crops(tmp_path):
 
 
 def test_image_size_may_be_another(tmp_path):
-    assert "48 px" in by_name(evaluate(tmp_path, image_size=48))["knn/top1"]["protocol"]
+    assert "48 px, crop 0.875" in by_name(evaluate(tmp_path, image_size=48, crop_pct=0.875))["knn/top1"]["protocol"]
 
 
 def test_real_images(tmp_path, real_data):
@@ -288,8 +321,8 @@ def test_the_device_is_looked_for_before_the_data(tmp_path):
 class Bands:
     """Twelve images of five bands, of two classes."""
 
-    def __init__(self):
-        self.spec, self.has_text = "bands:", False
+    def __init__(self, spec):
+        self.spec, self.has_text = spec, False
         self.labels, self.class_names = {"label": np.arange(12) % 2}, {"label": ["a", "b"]}
 
     def __len__(self):
@@ -304,11 +337,11 @@ class Bands:
 
 def test_pixels_are_skipped_where_there_is_no_rgb(tmp_path, capsys, monkeypatch):
     """The encoder and its random twin are judged, and a sentence says what is not."""
-    monkeypatch.setattr(verb, "open_source", lambda spec: Bands())
+    monkeypatch.setattr(verb, "open_source", Bands)
     rows = sslvit.evaluate(
         encoder=f"{ENCODER}&in_chans=5",
-        train_dataset="bands:",
-        val_dataset="bands:",
+        train_dataset="bands:train",
+        val_dataset="bands:val",
         output_dir=tmp_path / "out",
         **QUICK | {"protocol": "knn", "controls": "random_init,pixels"},
     )

@@ -32,6 +32,7 @@ PICTURES = (
     "Patch features as colours",
     "Reconstructions",
     "Nearest neighbours",
+    "Near-duplicates",
 )
 
 
@@ -85,6 +86,7 @@ def test_page_with_every_picture(run):
     assert len(re.findall(r'alt="attention of head', text)) == 6 * 2
     assert text.count('alt="reconstruction of') == 6 and text.count('alt="patch features of') == 8
     assert text.count('alt="neighbour ') == 6 * 5 and "most similar of 23 images" in text
+    assert text.count('alt="voter ') in range(0, 31, 5)
     after = {path.name: path.stat().st_mtime_ns for path in run.iterdir() if path.name != "report.html"}
     assert after == {name: time for name, time in before.items() if name != "report.html"}, "nothing else is touched"
 

@@ -1,7 +1,8 @@
 """Pictures of what an encoder was shown and what it makes of it. Needs the encoder and its images; makes no page.
 
 A few images of the run's own data: crops as the model sees them, attention of the class token, patch features as
-colours, MAE's guesses, nearest neighbours. What cannot be made leaves a sentence in `missing` instead.
+colours, MAE's guesses, nearest neighbours, worst cases, near-duplicates. What cannot be made leaves a sentence in
+`missing` instead.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from sslvit.encoder.vit import class_attention_maps, forward_tokens, patch_grid
 from sslvit.encoder.weights import LoadedEncoder, load_encoder
 from sslvit.errors import InputError
 from sslvit.objectives.mae import Mae
+from sslvit.pages.gallery import misplaced, most_alike, repeated
 from sslvit.pages.patch_colours import patch_colours
 from sslvit.pages.reconstructions import open_mae, reconstruct
 from sslvit.pages.run_record import RunRecord
 from sslvit.probes.features import choose_indices
-from sslvit.probes.knn import nearest
 
 NUM_CROPPED, NUM_ATTENDED, NUM_COLOURED, NUM_RECONSTRUCTED = 6, 6, 8, 6
-NUM_QUERIES, NUM_NEIGHBOURS = 6, 5
+NUM_QUERIES, NUM_NEIGHBOURS, NUM_WORST, NUM_DUPLICATES = 6, 5, 6, 8
 NUM_LOCAL_SHOWN, NUM_HEADS_SHOWN = 6, 12
 THUMBNAIL = 112  # px
 GALLERY = (32, 512)  # images among which neighbours are looked for: at least, at most
@@ -73,8 +74,10 @@ class Pictures:
     colours: list[Strip] = field(default_factory=list)
     reconstructions: list[Strip] = field(default_factory=list)
     neighbours: list[Strip] = field(default_factory=list)
+    worst: list[Strip] = field(default_factory=list)
+    duplicates: list[Strip] = field(default_factory=list)
     thumbnails: dict[str, Picture] = field(default_factory=dict)  # image name -> what was asked about
-    gallery: int = 0  # images among which neighbours were looked for
+    gallery: int = 0  # images that were compared with each other
     embed_dim: int | None = None
     class_token: bool = True
     missing: dict[str, str] = field(default_factory=dict)
@@ -165,7 +168,11 @@ def _look(encoder: LoadedEncoder, data: str, record: RunRecord, pictures: Pictur
         pictures.missing["attention"] = f"No attention maps: {one_line(error)}."
     pictures.colours = colour_strips(sample, encoder)
     try:
-        pictures.neighbours, pictures.gallery = neighbour_strips(source, encoder)
+        gallery = open_gallery(source, encoder)
+        if gallery is not None:
+            pictures.gallery = len(gallery.sample)
+            pictures.neighbours, pictures.worst = neighbour_strips(gallery), worst_strips(gallery)
+            pictures.duplicates = duplicate_strips(gallery)
     except DATA_ERRORS as error:
         pictures.missing["neighbours"] = f"No neighbours: {one_line(error)}."
 
@@ -291,9 +298,31 @@ def reconstruction_strips(sample: Sample, student: VisionTransformer, mae: Mae, 
     ]
 
 
+@dataclass(frozen=True)
+class Gallery:
+    """Images that are compared with each other; features: their class tokens (n, D)."""
+
+    sample: Sample
+    features: np.ndarray
+
+    def strip(self, query: int, others: Sequence[tuple[int, str]], words: str, role: str) -> Strip:
+        """Image `query` under `words`, then others under theirs; role: what the others are to it."""
+        labels = Labels(self.sample.source.labels, self.sample.source.class_names)
+
+        def picture(index: int, said: str, alt: str) -> Picture:
+            caption = " · ".join(part for part in (said, labels(self.sample.places[index])) if part)
+            return Picture(as_pictures(self.sample.images[index : index + 1])[0], alt, caption)
+
+        name = self.sample.name(query)
+        found = [
+            picture(i, said, f"{role} {n + 1} of {name}: {self.sample.name(i)}") for n, (i, said) in enumerate(others)
+        ]
+        return Strip(picture(query, words, f"query: {name}"), found)
+
+
 @torch.no_grad()
-def neighbour_strips(source: Source, encoder: LoadedEncoder) -> tuple[list[Strip], int]:
-    """Some images with those most like them by class token, among as many as a few seconds allow."""
+def open_gallery(source: Source, encoder: LoadedEncoder) -> Gallery | None:
+    """As many images of a source as a few seconds allow, with their features; None for fewer than two."""
     places = np.random.default_rng(SEED).permutation(len(source))[: GALLERY[1]]
     samples: list[Sample] = []
     features: list[np.ndarray] = []
@@ -307,28 +336,53 @@ def neighbour_strips(source: Source, encoder: LoadedEncoder) -> tuple[list[Strip
             features.append(forward_tokens(encoder.module, normal(part.images, encoder)).cls.float().numpy())
             seen += len(part)
     if seen < 2:
-        return [], seen
-    rows = np.concatenate(features)
-    similarity, index = nearest(rows, rows[:NUM_QUERIES], NUM_NEIGHBOURS + 1)
-    gallery = Sample(
-        source, [place for part in samples for place in part.places], [], torch.cat([s.images for s in samples])
+        return None
+    images = torch.cat([part.images for part in samples])
+    return Gallery(
+        Sample(source, [place for part in samples for place in part.places], [], images), np.concatenate(features)
     )
-    label = Labels(source.labels, source.class_names)
-    strips = []
-    for query in range(len(index)):
-        found = [(int(i), float(s)) for i, s in zip(index[query], similarity[query], strict=True) if i != query]
-        strips.append(_neighbours(gallery, label, query, found[:NUM_NEIGHBOURS]))
-    return strips, seen
 
 
-def _neighbours(gallery: Sample, label: Labels, query: int, found: Sequence[tuple[int, float]]) -> Strip:
-    def picture(index: int, said: str, role: str) -> Picture:
-        pixels = as_pictures(gallery.images[index : index + 1])[0]
-        caption = " · ".join(part for part in (said, label(gallery.places[index])) if part)
-        return Picture(pixels, f"{role}: {gallery.name(index)}", caption)
+def neighbour_strips(gallery: Gallery) -> list[Strip]:
+    """Some images with those most like them by class token."""
+    similarities, index = most_alike(gallery.features, NUM_NEIGHBOURS)
+    return [
+        gallery.strip(query, _with_cosines(index[query], similarities[query]), "", "neighbour")
+        for query in range(min(NUM_QUERIES, len(index)))
+    ]
 
-    others = [picture(i, f"{s:.2f}", f"neighbour {n + 1} of {gallery.name(query)}") for n, (i, s) in enumerate(found)]
-    return Strip(picture(query, "", "query"), others)
+
+def worst_strips(gallery: Gallery) -> list[Strip]:
+    """The images whose neighbours vote most surely for another class, and those neighbours; for the first label."""
+    source = gallery.sample.source
+    classes = (name for name, values in source.labels.items() if values.ndim == 1 and values.dtype.kind == "i")
+    label = next(classes, None)
+    if label is None:
+        return []
+    found = misplaced(gallery.features, source.labels[label][gallery.sample.places])[:NUM_WORST]
+    if not found:
+        return []
+    names = Labels({label: np.array([one.said for one in found])}, source.class_names)
+    similarities, index = most_alike(gallery.features, NUM_NEIGHBOURS)
+    return [
+        gallery.strip(
+            one.row,
+            _with_cosines(index[one.row], similarities[one.row]),
+            f"neighbours say {names(number)} ({one.share:.0%})",
+            "voter",
+        )
+        for number, one in enumerate(found)
+    ]
+
+
+def duplicate_strips(gallery: Gallery) -> list[Strip]:
+    """Pairs of images that show the same picture."""
+    pairs = repeated(gallery.features, gallery.sample.images)[:NUM_DUPLICATES]
+    return [gallery.strip(p.row, [(p.other, f"{p.concordance:.3f}")], "", "near-duplicate") for p in pairs]
+
+
+def _with_cosines(index: np.ndarray, similarities: np.ndarray) -> list[tuple[int, str]]:
+    return [(int(i), f"{s:.2f}") for i, s in zip(index, similarities, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from sslvit.probes.features import Examples
+from sslvit.probes.features import Examples, choose_indices
 from sslvit.probes.linear import batches, choice_split
 
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -56,12 +56,8 @@ def patch_tokens(examples: Examples, rows: np.ndarray) -> Tensor:
 
 def affordable_rows(examples: Examples, seed: int) -> np.ndarray:
     """All rows, or a keyed sample whose tokens fit in MAX_BYTES."""
-    num_rows = len(examples.features)
     one = patch_tokens(examples, np.arange(1))
-    at_most = max(1, MAX_BYTES // (one.numel() * 2))
-    if at_most >= num_rows:
-        return np.arange(num_rows)
-    return np.sort(np.random.default_rng([seed, num_rows]).choice(num_rows, at_most, replace=False))
+    return choose_indices(len(examples.features), max(1, MAX_BYTES // (one.numel() * 2)), seed)
 
 
 def fit(

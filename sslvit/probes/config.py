@@ -43,6 +43,7 @@ class EvaluateConfig:
     controls: list[str] = field(default_factory=lambda: ["random_init", "pixels"])
     label_file: str | None = None  # CSV of image names and labels, for sets without labels of their own
     image_size: int | None = None  # auto: what the encoder states
+    crop_pct: float | None = None  # share of the resized shorter side that is kept; auto: what the encoder states
     batch_size: int = 256
     seed: int = 0
     device: str | None = None
@@ -52,7 +53,7 @@ class EvaluateConfig:
     augment: bool = False  # linear: re-run the encoder on random crops, as the published protocols do
     num_images: int | None = None  # at most this many of each set
     linear_steps: int = 12500  # DINOv2's 10 x 1250
-    linear_batch_size: int = 128
+    linear_batch_size: int = 128  # DINOv2's on one GPU
     attentive_steps: int = 2500
 
 
@@ -78,6 +79,8 @@ def check_evaluate(config: EvaluateConfig) -> None:
                 raise InputError(f"{key}: {name!r} is unknown; there are {', '.join(known)}")
     if not config.protocol:
         raise InputError(f"protocol is empty; give at least one of {', '.join(PROTOCOLS)}")
+    if config.crop_pct is not None and not 0 < config.crop_pct <= 1:
+        raise InputError(f"crop_pct is {config.crop_pct:g}; it must be above 0 and at most 1")
     for key in ("linear_steps", "linear_batch_size", "attentive_steps"):
         value = getattr(config, key)
         if value < 1:

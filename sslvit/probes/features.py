@@ -252,10 +252,15 @@ def choose_indices(num_images: int, at_most: int | None, seed: int = 0) -> np.nd
     return np.sort(np.random.default_rng([seed, num_images]).choice(num_images, at_most, replace=False))
 
 
+def own_fingerprint(source: Source) -> str:
+    """What the source says of itself; its spec and size where it has no word for that (scenes: the spec is all)."""
+    own = getattr(source, "fingerprint", None)
+    return own() if own is not None else f"{source.spec} {len(source)}"
+
+
 def source_digest(source: Source, indices: np.ndarray, num_samples: int = 16) -> str:
     """A fingerprint of the chosen images: what the source says of itself, and the bytes of a few of them."""
-    own = getattr(source, "fingerprint", None)
-    digest = hashlib.sha256((own() if own is not None else f"{source.spec} {len(source)}").encode())
+    digest = hashlib.sha256(own_fingerprint(source).encode())
     digest.update(np.ascontiguousarray(indices, dtype=np.int64).tobytes())
     for i in indices[np.linspace(0, len(indices) - 1, min(num_samples, len(indices))).astype(int)]:
         with contextlib.suppress(BadImage, OSError):

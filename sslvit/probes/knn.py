@@ -150,6 +150,12 @@ def _search_exact(train: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.nd
     return (-((keys - where) >> 32) / 1e9).astype(np.float32), where
 
 
+def vote_shares(similarities: np.ndarray, temperature: float = TEMPERATURE) -> np.ndarray:
+    """Share (m, k) float64 of each neighbour in the votes of its query, the nearest first; rows sum to 1."""
+    weights = np.exp((similarities.astype(np.float64) - similarities[:, :1]) / temperature)
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
 def _vote(
     similarities: np.ndarray,
     neighbours: np.ndarray,
@@ -179,7 +185,7 @@ def _rank_classes(similarities: np.ndarray, ids: np.ndarray, temperature: float)
 
     There is no (m, number of classes) table: the k votes of a query are sorted by class and summed run by run.
     """
-    weights = np.exp((similarities - similarities.max(axis=1, keepdims=True)) / temperature)
+    weights = vote_shares(similarities, temperature)
     order = np.argsort(ids, axis=1, kind="stable")
     ids, weights = np.take_along_axis(ids, order, axis=1), np.take_along_axis(weights, order, axis=1)
     opens_run = np.ones(ids.shape, dtype=bool)

@@ -14,6 +14,7 @@ import numpy as np
 
 from sslvit.data.sources import Source
 from sslvit.errors import InputError
+from sslvit.probes.features import own_fingerprint
 
 Labels = tuple[dict[str, np.ndarray], dict[str, list[str]]]
 
@@ -40,6 +41,10 @@ class Labelled:
     def text(self, index: int) -> dict[str, object] | None:
         """As the source."""
         return self._source.text(index)
+
+    def fingerprint(self) -> str:
+        """As the source: features depend on the images alone."""
+        return own_fingerprint(self._source)
 
 
 def read_label_file(file: str | Path) -> tuple[dict[str, list[str]], list[str]]:

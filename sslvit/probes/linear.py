@@ -2,9 +2,10 @@
 
 `fit` is DINOv2's (arXiv:2304.07193, section 7.1, and its released evaluation): a grid of 13 learning rates x {last
 block, last 4 blocks} x {class token, with the mean patch} = 52 heads trained at once; heads that read the same input
-are one matrix product. SGD with momentum .9, no weight decay, cosine to 0, 12,500 steps of 128 images, learning rates
-times batch / 256. The release chooses the best head on the validation set; here 10% of the training images choose and
-the heads have seen the other 90%. Features are cached without augmentation unless a stream of crops is given.
+are one matrix product. SGD with momentum .9, no weight decay, cosine to 0, 12,500 steps of 128 images (128 on each of
+its GPUs, eight unless said otherwise), learning rates times batch / 256. The release chooses the best head on the
+validation set; here 10% of the training images choose and the heads have seen the other 90%. Features are cached
+without augmentation unless a stream of crops is given.
 
 `fit_dino` is DINO's single head and `fit_mae` MAE's, after a batch norm without affine parameters: fixed recipes,
 fitted on all training images.

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from sslvit.probes import convex
 from sslvit.probes.knn import check_features
 from sslvit.probes.linear import choice_split
 
 GRID = tuple(float(c) for c in 10 ** np.linspace(-6, 5, 45))
-MAX_LOGITS = 2**24  # computed at a time
-PATIENCE = 6  # stop the search after this many larger C without a better accuracy
 PROTOCOL = "logistic regression (DINOv2): L-BFGS, 45 values of C chosen on 10% of train, refitted on all of it"
 
 
@@ -52,28 +51,18 @@ def fit(
     classes, ids = np.unique(labels, return_inverse=True)
     x, y = rotated(features)[0].to(device), torch.from_numpy(ids).to(device)
     fitting, choosing = (torch.from_numpy(part).to(device) for part in choice_split(ids, seed))
-    x_fit, y_fit, x_choose, y_choose = x[fitting], y[fitting], x[choosing], y[choosing]
+    start, fit_on, choose_on = convex.zeros(x, len(classes)), (x[fitting], y[fitting]), (x[choosing], y[choosing])
     del x
-    best, chosen, path = (-1.0, -np.inf), grid[0], zeros(x_fit, len(classes))
-    since_best = 0
-    for strength in sorted(grid):
-        path = minimise(x_fit, y_fit, strength, path, tolerance=1e-5)
-        merit = _merit(x_choose, y_choose, path)
-        since_best += 1
-        if merit > best:
-            best, chosen = merit, strength
-            since_best = 0
-        if since_best >= PATIENCE:
-            break
+    chosen = convex.best_strength(fit_on, choose_on, convex.class_slopes, grid, _merit, start)
     return fit_one(features, labels, chosen, device)
 
 
 def _merit(x: Tensor, y: Tensor, solution: Tensor) -> tuple[float, float]:
     """Accuracy and minus the mean cross-entropy on the choosing images."""
-    rows = max(1, MAX_LOGITS // solution.shape[1])
+    rows = max(1, convex.MAX_SCORES // solution.shape[1])
     right, loss = 0, 0.0
     for part, target in zip(x.split(rows), y.split(rows), strict=True):
-        logits = torch.addmm(solution[-1], part, solution[:-1])
+        logits = convex.scores_of(part, solution)
         right += int((logits.argmax(dim=1) == target).sum())
         loss += float(cross_entropy(logits, target, reduction="sum"))
     return right / len(x), -loss / len(x)
@@ -86,7 +75,7 @@ def fit_one(
     classes, ids = np.unique(labels, return_inverse=True)
     x, basis = rotated(features)
     x, y = x.to(device), torch.from_numpy(ids).to(device)
-    solution = minimise(x, y, strength, zeros(x, len(classes))).cpu()
+    solution = convex.minimise(x, y, convex.class_slopes, strength, convex.zeros(x, len(classes))).cpu()
     weight = solution[:-1] if basis is None else basis @ solution[:-1]
     return LogisticRegression(weight.numpy(), solution[-1].numpy(), classes, strength)
 
@@ -101,49 +90,3 @@ def rotated(features: np.ndarray) -> tuple[Tensor, Tensor | None]:
         return x, None
     basis = torch.linalg.svd(x, full_matrices=False).Vh.T
     return x @ basis, basis
-
-
-def zeros(x: Tensor, num_classes: int) -> Tensor:
-    """Zeros (D + 1, C): the weights and, in the last row, the bias."""
-    return x.new_zeros(x.shape[1] + 1, num_classes)
-
-
-def minimise(x: Tensor, y: Tensor, strength: float, solution: Tensor, tolerance: float = 1e-7) -> Tensor:
-    """L-BFGS from `solution` (D + 1, C) on mean cross-entropy + |W|^2 / (2 n strength); returns the minimum.
-
-    It stops when no gradient exceeds `tolerance`, or after 1000 rounds. Memory does not grow with n * C.
-    """
-    solution = solution.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [solution],
-        max_iter=1000,
-        tolerance_grad=tolerance,
-        tolerance_change=1e-12,
-        history_size=10,
-        line_search_fn="strong_wolfe",
-    )
-    decay = 1 / (len(x) * strength)
-
-    @torch.no_grad()
-    def closure() -> Tensor:
-        loss, gradient = cross_entropy_and_gradient(x, y, solution)
-        gradient[:-1] += decay * solution[:-1]
-        solution.grad = gradient
-        return loss + decay / 2 * solution[:-1].square().sum()
-
-    optimizer.step(closure)
-    return solution.detach()
-
-
-def cross_entropy_and_gradient(x: Tensor, y: Tensor, solution: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy of x (n, D), y (n,) and its gradient (D + 1, C), some rows at a time."""
-    loss, gradient = x.new_zeros(()), torch.zeros_like(solution)
-    rows = max(1, MAX_LOGITS // solution.shape[1])
-    for part, target in zip(x.split(rows), y.split(rows), strict=True):
-        log_p = torch.addmm(solution[-1], part, solution[:-1]).log_softmax(dim=1)
-        loss -= log_p.gather(1, target[:, None]).sum()
-        error = log_p.exp_()
-        error.scatter_add_(1, target[:, None], error.new_full((len(target), 1), -1.0))
-        gradient[:-1].addmm_(part.T, error)
-        gradient[-1] += error.sum(dim=0)
-    return loss / len(x), gradient / len(x)

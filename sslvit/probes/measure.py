@@ -15,10 +15,12 @@ from sslvit.errors import InputError
 from sslvit.probes import segmentation
 from sslvit.probes.config import EvaluateConfig
 from sslvit.probes.features import Examples
-from sslvit.probes.protocols import fit_segmentation, measure_health, probe_for
+from sslvit.probes.knn import check_features
+from sslvit.probes.protocols import fit_segmentation, measure_duplicates, measure_health, probe_for
 from sslvit.probes.scores import Score, mean_score, score
 
 UNKNOWN = -1  # no label: the image is left out
+WITHOUT_TRAIN = ("retrieval", "cluster")  # probes that are fitted on no image
 UNSEEN = -2  # a class that the training set does not name: always wrong
 
 
@@ -29,24 +31,45 @@ def measure(name: str, train: Examples, val: Examples, config: EvaluateConfig) -
     """
     if name == "health":
         return measure_health(train, config)
+    if name not in WITHOUT_TRAIN:
+        check_apart(train, val)
+    check_features(train.features.cls, val.features.cls)
     if name == "segmentation":
         return _measure_masks(train, val, config)
     labels = shared_labels(train.source, val.source)
     per_label = {label: _measure_label(name, label, train, val, config) for label in labels}
+    further = []
+    if name == "retrieval" and train.digest != val.digest:
+        further = [measure_duplicates(train, _unlabelled(val), config)]
     if len(labels) == 1:
-        return per_label[labels[0]]
+        return per_label[labels[0]] + further
     by_metric: dict[str, list[Score]] = {}
     for one in (one for scores in per_label.values() for one in scores):
         by_metric.setdefault(one.metric, []).append(one)
     means = [mean_score(scores, config.seed) for scores in by_metric.values() if len(scores) == len(labels)]
-    return means + [
-        replace(one, metric=f"{label}/{one.metric}") for label, scores in per_label.items() for one in scores
-    ]
+    return (
+        means
+        + [replace(one, metric=f"{label}/{one.metric}") for label, scores in per_label.items() for one in scores]
+        + further
+    )
+
+
+def check_apart(train: Examples, val: Examples) -> None:
+    """InputError when both are the same images: the number would say what was learnt by heart."""
+    if train.digest == val.digest:
+        raise InputError(
+            f"the training and the validation set are the same images ({val.source.spec}), so a probe would be judged "
+            "on what it was fitted to; give another --val-dataset"
+        )
+
+
+def _unlabelled(examples: Examples) -> Examples:
+    return examples.take(np.arange(len(examples.features)), labels=False)
 
 
 def _measure_masks(train: Examples, val: Examples, config: EvaluateConfig) -> list[Score]:
     segmentation.check_masks(train.source, val.source)
-    answers = fit_segmentation(train, config)(val.take(np.arange(len(val.features)), labels=False))
+    answers = fit_segmentation(train, config)(_unlabelled(val))
     maps = [segmentation.class_map(val.source, int(i), val.preprocessing) for i in val.features.indices]
     return score(answers, torch.stack(maps).numpy(), config.seed)
 

@@ -7,11 +7,24 @@ images without labels, and only `scores.score` sees the validation labels, once,
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
 from sslvit.errors import InputError
-from sslvit.probes import attentive, augmented, cluster, fewshot, health, knn, linear, logreg, regression, retrieval
+from sslvit.probes import (
+    attentive,
+    augmented,
+    cluster,
+    duplicates,
+    fewshot,
+    health,
+    knn,
+    linear,
+    logreg,
+    regression,
+    retrieval,
+)
 from sslvit.probes import segmentation as dense
 from sslvit.probes.config import EvaluateConfig
 from sslvit.probes.features import Examples
@@ -25,6 +38,7 @@ from sslvit.probes.scores import (
     Presence,
     Ranking,
     Score,
+    per_image_score,
     score_resampled,
 )
 
@@ -224,16 +238,14 @@ def fit_numbers(train: Examples, labels: np.ndarray, config: EvaluateConfig) -> 
     return lambda val: [Answer(Estimates(predict(val.features.cls)), words, chosen=f"penalty {penalty:g}")]
 
 
-def fit_knn_presence(train: Examples, labels: np.ndarray, config: EvaluateConfig) -> Fitted:
-    """Several classes at once: how many of the neighbours show each."""
-    words = f"{regression.PROTOCOL_KNN}{_clipped(20, len(labels))}, {_token(train)}"
-    return lambda val: [Answer(Presence(regression.knn_mean(train.features.cls, labels, val.features.cls)), words)]
+def fit_knn_mean(said: type[Presence] | type[Estimates]) -> Fit:
+    """Several classes at once, or numbers: the mean over the neighbours' labels."""
 
+    def fit(train: Examples, labels: np.ndarray, config: EvaluateConfig) -> Fitted:
+        words = f"{regression.PROTOCOL_KNN}{_clipped(20, len(labels))}, {_token(train)}"
+        return lambda val: [Answer(said(regression.knn_mean(train.features.cls, labels, val.features.cls)), words)]
 
-def fit_knn_numbers(train: Examples, labels: np.ndarray, config: EvaluateConfig) -> Fitted:
-    """Numbers: the mean of the neighbours'."""
-    words = f"{regression.PROTOCOL_KNN}{_clipped(20, len(labels))}, {_token(train)}"
-    return lambda val: [Answer(Estimates(regression.knn_mean(train.features.cls, labels, val.features.cls)), words)]
+    return fit
 
 
 CLASS_PROBES: dict[str, Fit] = {
@@ -247,8 +259,8 @@ CLASS_PROBES: dict[str, Fit] = {
     "retrieval": fit_retrieval,
     "cluster": fit_cluster,
 }
-PRESENCE_PROBES: dict[str, Fit] = {"knn": fit_knn_presence, "linear": fit_presence, "logreg": fit_presence}
-NUMBER_PROBES: dict[str, Fit] = {"knn": fit_knn_numbers, "linear": fit_numbers}
+PRESENCE_PROBES: dict[str, Fit] = {"knn": fit_knn_mean(Presence), "linear": fit_presence, "logreg": fit_presence}
+NUMBER_PROBES: dict[str, Fit] = {"knn": fit_knn_mean(Estimates), "linear": fit_numbers}
 
 
 def probe_for(name: str, labels: np.ndarray, label: str) -> Fit:
@@ -289,6 +301,24 @@ def fit_segmentation(train: Examples, config: EvaluateConfig) -> Fitted:
         ]
 
     return answer
+
+
+def measure_duplicates(train: Examples, val: Examples, config: EvaluateConfig) -> Score:
+    """The share of validation images that the training set holds already, and which they are."""
+    pairs = duplicates.near_duplicates(train, val)
+    repeated = np.zeros(len(val.features))
+    repeated[[pair.row for pair in pairs]] = 1
+    checked = min(len(val.features), duplicates.MAX_CHECKED)
+    words = f"{duplicates.PROTOCOL}, {_token(val)}; {checked} images looked at"
+    cases: list[dict[str, object]] = [
+        {
+            "val": val.features.names[pair.row],
+            "train": train.features.names[pair.other],
+            "concordance": round(pair.concordance, 4),
+        }
+        for pair in pairs
+    ]
+    return replace(per_image_score("duplicates", repeated, words, config.seed), cases=cases)
 
 
 def measure_health(train: Examples, config: EvaluateConfig) -> list[Score]:

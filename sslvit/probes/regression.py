@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
 
-from sslvit.probes.knn import TEMPERATURE, check_features, nearest
+from sslvit.probes import convex
+from sslvit.probes.knn import check_features, nearest, vote_shares
+from sslvit.probes.linear import choice_split
 
 PENALTIES = tuple(float(p) for p in 10.0 ** np.arange(-6, 7))  # of standardised features, times n
 STRENGTHS = tuple(float(c) for c in 10.0 ** np.arange(-6, 6))
@@ -25,28 +25,18 @@ PROTOCOL_KNN = "k-NN mean of labels: cosine, weights exp(sim/.07), k 20"
 Predictor = Callable[[np.ndarray], np.ndarray]  # features (m, D) to values (m,) or (m, C)
 
 
-def split(num_images: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices to fit on and to choose on, 10%; both are everything for fewer than three images."""
-    if num_images < 3:
-        return np.arange(num_images), np.arange(num_images)
-    order = np.random.default_rng([seed, num_images]).permutation(num_images)
-    num_choosing = max(1, num_images // 10)
-    return np.sort(order[num_choosing:]), np.sort(order[:num_choosing])
-
-
 def knn_mean(train: np.ndarray, values: np.ndarray, queries: np.ndarray, k: int = 20) -> np.ndarray:
     """Weighted mean of `values` (n,) or (n, C) over the k nearest of `train` (n, D), for each query (m, D)."""
     check_features(train, queries)
     similarities, indices = nearest(train, queries, k)
-    weights = np.exp((similarities.astype(np.float64) - similarities[:, :1]) / TEMPERATURE)
-    weights /= weights.sum(axis=1, keepdims=True)
+    weights = vote_shares(similarities)
     return np.einsum("mk,mk...->m...", weights, values[indices].astype(np.float64))
 
 
 def fit_ridge(features: np.ndarray, values: np.ndarray, seed: int) -> tuple[Predictor, float]:
     """Predictor of numbers and its penalty, from `features` (n, D) and `values` (n,)."""
     check_features(features)
-    fitting, choosing = split(len(values), seed)
+    fitting, choosing = choice_split(np.zeros(len(values)), seed)
     errors = [
         np.square(predict(features[choosing]) - values[choosing]).mean()
         for predict in ridge_path(features[fitting], values[fitting], PENALTIES)
@@ -73,29 +63,8 @@ def fit_presence(features: np.ndarray, present: np.ndarray, seed: int) -> tuple[
     """Predictor of scores (m, C) and its C, from `features` (n, D) and `present` (n, C) of 0 and 1."""
     check_features(features)
     x, y = torch.from_numpy(features.astype(np.float64)), torch.from_numpy(present.astype(np.float64))
-    fitting, choosing = split(len(x), seed)
-    path = torch.zeros(x.shape[1] + 1, y.shape[1], dtype=torch.float64)
-    losses = []
-    for strength in STRENGTHS:
-        path = _minimise(x[fitting], y[fitting], strength, path)
-        losses.append(float(binary_cross_entropy_with_logits(x[choosing] @ path[:-1] + path[-1], y[choosing])))
-    chosen = STRENGTHS[int(np.nanargmin(losses))]
-    solution = _minimise(x, y, chosen, torch.zeros_like(path)).numpy()
+    fit_on, choose_on = ((x[rows], y[rows]) for rows in choice_split(np.zeros(len(x)), seed))
+    slopes, start = convex.presence_slopes, convex.zeros(x, y.shape[1])
+    chosen = convex.best_strength(fit_on, choose_on, slopes, STRENGTHS, convex.minus_loss(slopes), start)
+    solution = convex.minimise(x, y, slopes, chosen).numpy()
     return lambda queries: queries.astype(np.float64) @ solution[:-1] + solution[-1], chosen
-
-
-def _minimise(x: Tensor, y: Tensor, strength: float, solution: Tensor) -> Tensor:
-    """L-BFGS on the mean over images of summed binary cross-entropies + |W|^2 / (2 n strength)."""
-    solution = solution.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([solution], max_iter=300, tolerance_grad=1e-7, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        logits = torch.addmm(solution[-1], x, solution[:-1])
-        loss = binary_cross_entropy_with_logits(logits, y, reduction="sum") / len(x)
-        loss = loss + solution[:-1].square().sum() / (2 * len(x) * strength)
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return solution.detach()

@@ -82,7 +82,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class Score:
-    """One number, measured on `num_images`. metric: "top1", ...; per_image (m,): what it is the mean of, if any."""
+    """One number, measured on `num_images`. metric: "top1", ...; per_image (m,): what it is the mean of, if any.
+
+    cases: images worth a look, a dict of names and numbers for each.
+    """
 
     metric: str
     value: float
@@ -91,6 +94,7 @@ class Score:
     num_images: int
     per_image: np.ndarray | None = None
     chosen: str = ""
+    cases: list[dict[str, object]] | None = None
 
 
 def score(answers: Sequence[Answer], labels: np.ndarray, seed: int) -> list[Score]:
@@ -101,16 +105,24 @@ def score(answers: Sequence[Answer], labels: np.ndarray, seed: int) -> list[Scor
 
 
 def mean_score(scores: Sequence[Score], seed: int) -> Score:
-    """The mean of the same metric over several labels, image by image where that is possible."""
+    """The mean of the same metric over several labels, image by image where that is possible.
+
+    Elsewhere its interval is as wide as the labels' own on average: no mean spreads more than its parts do.
+    """
     words = f"mean over {len(scores)} labels; {scores[0].protocol}"
     images = [s.per_image for s in scores if s.per_image is not None]
     if len(images) == len(scores) and len({len(values) for values in images}) == 1:
-        return _per_image(scores[0].metric, np.mean(images, axis=0), words, seed)
+        return per_image_score(scores[0].metric, np.mean(images, axis=0), words, seed)
     value, num_images = float(np.mean([s.value for s in scores])), min(s.num_images for s in scores)
-    return Score(scores[0].metric, value, None, words, num_images)
+    intervals = [s.ci95 for s in scores if s.ci95 is not None]
+    if len(intervals) < len(scores):
+        return Score(scores[0].metric, value, None, words, num_images)
+    low, high = np.mean(intervals, axis=0).tolist()
+    return Score(scores[0].metric, value, (low, high), words, num_images)
 
 
-def _per_image(metric: str, values: np.ndarray, protocol: str, seed: int) -> Score:
+def per_image_score(metric: str, values: np.ndarray, protocol: str, seed: int) -> Score:
+    """The mean of `values` (m,), one for each validation image, with its interval."""
     values = values.astype(np.float64)
     return Score(metric, float(values.mean()), bootstrap_ci(values, seed), protocol, len(values), values)
 
@@ -119,12 +131,12 @@ def _score_one(answer: Answer, labels: np.ndarray, seed: int) -> list[Score]:
     said, protocol = answer.said, answer.protocol
     if isinstance(said, Ranking):
         hits = said.labels == labels[:, None]
-        scores = [_per_image(f"{answer.variant}top1", hits[:, 0], protocol, seed)]
+        scores = [per_image_score(f"{answer.variant}top1", hits[:, 0], protocol, seed)]
         if said.num_classes > 5 and not answer.variant:
-            scores.append(_per_image(f"{answer.variant}top5", hits.any(axis=1), protocol, seed))
+            scores.append(per_image_score(f"{answer.variant}top5", hits.any(axis=1), protocol, seed))
         return scores
     if isinstance(said, Draws):
-        return [_per_image(f"{answer.variant}top1", (said.labels == labels[:, None]).mean(axis=1), protocol, seed)]
+        return [per_image_score(f"{answer.variant}top1", (said.labels == labels[:, None]).mean(axis=1), protocol, seed)]
     if isinstance(said, Neighbours):
         return _score_neighbours(said, labels, protocol, seed)
     if isinstance(said, Clusters):
@@ -145,12 +157,12 @@ def _score_neighbours(said: Neighbours, labels: np.ndarray, protocol: str, seed:
     relevant = labels[said.indices[queries]] == labels[queries][:, None]
     words = f"{protocol}, {queries.sum()} queries"
     scores = [
-        _per_image(f"r{k}", retrieval.recall_at(relevant, k), words, seed)
+        per_image_score(f"r{k}", retrieval.recall_at(relevant, k), words, seed)
         for k in retrieval.RECALL_AT
         if k <= relevant.shape[1]
     ]
     average = retrieval.average_precision_at_r(relevant, others[queries])
-    return [*scores, _per_image("map_at_r", average, f"{words}, R at most {relevant.shape[1]}", seed)]
+    return [*scores, per_image_score("map_at_r", average, f"{words}, R at most {relevant.shape[1]}", seed)]
 
 
 def _score_clusters(said: Clusters, labels: np.ndarray, protocol: str, seed: int) -> list[Score]:

@@ -14,19 +14,21 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, interpolate
+from torch.nn.functional import interpolate
 
 from sslvit.data.scene_shapes import SHAPES
 from sslvit.data.scenes import Scenes
 from sslvit.data.sources import Source
 from sslvit.encoder.config import Preprocessing
 from sslvit.errors import InputError
-from sslvit.probes.features import Examples
-from sslvit.probes.knn import TEMPERATURE, nearest
+from sslvit.probes import convex
+from sslvit.probes.features import Examples, choose_indices
+from sslvit.probes.knn import nearest, vote_shares
 
 NUM_CLASSES = 1 + len(SHAPES)
 MAX_PATCHES = 200_000  # of the training set
 NUM_NEIGHBOURS = 30
+MAX_STEPS = 200  # of L-BFGS
 STRENGTHS = (1e-2, 1e-1, 1.0, 10.0, 100.0)  # C of the linear head, chosen on 10% of the training images
 PROTOCOL_LINEAR = "segmentation, linear on patches: L-BFGS, C chosen on 10% of train, bilinear to pixels"
 PROTOCOL_KNN = f"segmentation, k-NN on patches: k {NUM_NEIGHBOURS}, cosine, votes exp(sim/.07), bilinear to pixels"
@@ -89,11 +91,7 @@ def training_patches(train: Examples, truth: Source, rows: np.ndarray) -> Patche
 def affordable_rows(train: Examples, seed: int) -> np.ndarray:
     """Rows of train whose patches are at most MAX_PATCHES: all, or a keyed sample."""
     layers, _ = next(iter(train.tokens(train.features.indices[:1])))
-    at_most = max(2, MAX_PATCHES // layers[0].patches.shape[1])
-    num_rows = len(train.features)
-    if at_most >= num_rows:
-        return np.arange(num_rows)
-    return np.sort(np.random.default_rng([seed, num_rows]).choice(num_rows, at_most, replace=False))
+    return choose_indices(len(train.features), max(2, MAX_PATCHES // layers[0].patches.shape[1]), seed)
 
 
 class LinearHead:
@@ -105,35 +103,18 @@ class LinearHead:
         self.scale = 1 / (patches.tokens.std(axis=0) + 1e-6)
         x = torch.from_numpy((patches.tokens - self.mean) * self.scale)
         y = torch.from_numpy(patches.shares)
-        fitting = slice(0, len(x) - num_choosing)
-        choosing = slice(len(x) - num_choosing, None)
-        losses = []
-        for strength in STRENGTHS:
-            solution = fit_shares(x[fitting], y[fitting], strength)
-            losses.append(float(cross_entropy(x[choosing] @ solution[:-1] + solution[-1], y[choosing])))
-        self.strength = STRENGTHS[int(np.argmin(losses))]
-        self.solution = fit_shares(x, y, self.strength)
+        last = len(x) - num_choosing
+        slopes, start = convex.share_slopes, convex.zeros(x, y.shape[1])
+        merit = convex.minus_loss(slopes)
+        self.strength = convex.best_strength(
+            (x[:last], y[:last]), (x[last:], y[last:]), slopes, STRENGTHS, merit, start, max_steps=MAX_STEPS
+        )
+        self.solution = convex.minimise(x, y, slopes, self.strength, max_steps=MAX_STEPS)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Log scores (B, N, K) of tokens (B, N, D)."""
         x = (tokens - torch.from_numpy(self.mean)) * torch.from_numpy(self.scale)
         return x @ self.solution[:-1] + self.solution[-1]
-
-
-def fit_shares(x: Tensor, y: Tensor, strength: float, max_steps: int = 200) -> Tensor:
-    """(D + 1, K): weights, and the bias in the last row, for soft targets y (n, K); objective as in logreg.py."""
-    solution = torch.zeros(x.shape[1] + 1, y.shape[1]).requires_grad_()
-    optimizer = torch.optim.LBFGS([solution], max_iter=max_steps, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = cross_entropy(torch.addmm(solution[-1], x, solution[:-1]), y)
-        loss = loss + solution[:-1].square().sum() / (2 * len(x) * strength)
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return solution.detach()
 
 
 class NearestPatches:
@@ -145,8 +126,7 @@ class NearestPatches:
     def __call__(self, tokens: Tensor) -> Tensor:
         """Shares (B, N, K) of tokens (B, N, D)."""
         similarities, indices = nearest(self.patches.tokens, tokens.flatten(0, 1).numpy(), NUM_NEIGHBOURS)
-        weights = np.exp((similarities - similarities[:, :1]) / TEMPERATURE)[:, :, None]
-        votes = (weights * self.patches.shares[indices]).sum(axis=1) / weights.sum(axis=1)
+        votes = np.einsum("mk,mkc->mc", vote_shares(similarities), self.patches.shares[indices])
         return torch.from_numpy(votes.astype(np.float32)).view(*tokens.shape[:2], -1)
 
 

@@ -1,6 +1,6 @@
 """`sslvit embed`: features of images in a file, one row per readable image, exactly those that `evaluate` judges.
 
-NPZ: `features` (n, D) float32, not normalised; `names` fixed-width unicode; `labels` int64 when the set has any.
+NPZ: `features` (n, D) float32, not normalised; `names` fixed-width unicode; `labels` when the set has any.
 Parquet: columns `name`, `features` (fixed-size list of float32) and one column per label.
 """
 
@@ -70,12 +70,15 @@ def embed(
 
 
 def as_arrays(features: Features) -> dict[str, np.ndarray]:
-    """Features (n, D) float32, names (n,) unicode; labels (n,) int64, or (n, L) with label_names (L,) for several."""
+    """Features (n, D) float32, names (n,) unicode; labels (n,), or (n, L) with label_names (L,) for several.
+
+    Labels are int64, -1 where unknown; float64 where they are numbers with a fraction.
+    """
     arrays = {"features": np.array(features.cls, dtype=np.float32), "names": np.array(features.names, dtype=np.str_)}
     if len(features.labels) == 1:
-        arrays["labels"] = next(iter(features.labels.values())).astype(np.int64)
+        arrays["labels"] = next(iter(features.labels.values()))
     elif features.labels:
-        arrays["labels"] = np.stack(list(features.labels.values()), axis=1).astype(np.int64)
+        arrays["labels"] = np.stack(list(features.labels.values()), axis=1)
         arrays["label_names"] = np.array(list(features.labels), dtype=np.str_)
     return arrays
 

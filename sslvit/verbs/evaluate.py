@@ -88,8 +88,8 @@ def _open(spec: str | None, config: EvaluateConfig) -> Digested:
 def _subjects(config: EvaluateConfig, device: str) -> Iterator[Subject]:
     """The encoder, then the controls, one in memory at a time."""
     encoder = load_encoder(str(config.encoder), device=device)
-    if config.image_size is not None:
-        encoder = replace(encoder, preprocessing=replace(encoder.preprocessing, image_size=config.image_size))
+    wanted = {key: getattr(config, key) for key in ("image_size", "crop_pct") if getattr(config, key) is not None}
+    encoder = replace(encoder, preprocessing=replace(encoder.preprocessing, **wanted))
     yield Subject("", encoder)
     if "random_init" in config.controls:
         yield Subject("random_init", random_like(encoder, config.seed))
@@ -111,8 +111,10 @@ def judge(
         cell = _cell(subject, name, sets, config)
         finished = None if config.overwrite else folder.read_json(cell)
         if finished is None:
-            finished = [_row(subject, name, one, sets, config) for one in measure(name, *sets, config)]
+            scores = measure(name, *sets, config)
+            finished = [_row(subject, name, one, sets, config) for one in scores]
             _keep(folder, cell, finished)
+            _keep_cases(folder, subject, scores)
         folder.add_results(finished)
         for entry in finished:
             print(_line(entry), flush=True)
@@ -164,6 +166,14 @@ def _selection(subject: Subject, config: EvaluateConfig) -> dict[str, str]:
 def _keep(folder: RunFolder, cell: str, rows: list[Row]) -> None:
     (folder.path / cell).parent.mkdir(parents=True, exist_ok=True)
     folder.write_json(cell, rows)
+
+
+def _keep_cases(folder: RunFolder, subject: Subject, scores: list[Score]) -> None:
+    """Images worth a look, in OUT/evaluate/METRIC.json, as the encoder found them."""
+    for one in scores if not subject.control else ():
+        if one.cases is not None:
+            folder.write_json(f"evaluate/{one.metric}.json", one.cases)
+            print(f"{len(one.cases)} {one.metric}: {folder.path / 'evaluate' / one.metric}.json")
 
 
 def _row(subject: Subject, name: str, one: Score, sets: tuple[Examples, Examples], config: EvaluateConfig) -> Row:

@@ -125,6 +125,15 @@ def submit(
     return _show(records, quiet=not (wait or follow))
 
 
+def submit_all(commands: Sequence[Sequence[str]], *, launch: str, base: str | Path) -> list[dict[str, Any]]:
+    """Queue commands of one verb, each with an --output-dir of its own: an array on Slurm, here one after the other.
+
+    The jobs are noted in BASE/jobs too, so `sslvit submit --status BASE` shows them all. Returns what `submit` does.
+    """
+    plans = [replace(plan, base=Path(base)) for words in commands for plan in make_plans(words, [])]
+    return _show(_start(plans, fit_to_verb(read_launch(launch), plans[0].words[0])), quiet=True)
+
+
 # ---- what shall run -------------------------------------------------------------------------------------------------
 
 

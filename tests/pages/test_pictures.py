@@ -17,7 +17,7 @@ from sslvit.objectives.mae import Mae, normalized_patches
 from sslvit.pages import pictures as making
 from sslvit.pages.data_uri import Encoding, data_uri
 from sslvit.pages.patch_colours import patch_colours, principal_components
-from sslvit.pages.pictures import Labels, as_pictures, draw_sample, heat, neighbour_strips, shrunk
+from sslvit.pages.pictures import Labels, Sample, as_pictures, draw_sample, heat, neighbour_strips, open_gallery, shrunk
 from sslvit.pages.reconstructions import GREY, paste, reconstruct, to_pixels, with_statistics_of
 
 TINY = "vit_tiny_patch16_224?pretrained=false&seed=0&img_size=32&patch_size=8&embed_dim=24&depth=2&num_heads=2"
@@ -149,8 +149,9 @@ def test_neighbours_are_those_of_brute_force(encoder, monkeypatch):
     monkeypatch.setattr(making, "GALLERY", (8, 40))
     monkeypatch.setattr(making, "GALLERY_SECONDS", 60.0)
     source = Scenes(n=40, size=32, objects=(1, 1))
-    strips, gallery = neighbour_strips(source, encoder)
-    assert gallery == 40 and len(strips) == making.NUM_QUERIES
+    gallery = open_gallery(source, encoder)
+    strips = neighbour_strips(gallery)
+    assert len(gallery.sample) == 40 and len(strips) == making.NUM_QUERIES
     places = np.random.default_rng(making.SEED).permutation(40)
     sample = draw_sample(source, encoder, places, 40)
     with torch.no_grad():
@@ -164,6 +165,33 @@ def test_neighbours_are_those_of_brute_force(encoder, monkeypatch):
         for picture, place in zip(strip.others, best, strict=True):
             assert (picture.pixels == as_pictures(sample.images[place : place + 1])[0]).all()
         assert strip.first.caption == Labels(source.labels, source.class_names)(sample.places[query])
+
+
+def test_worst_cases_and_near_duplicates_are_shown(encoder, tmp_path):
+    """A folder with a copy, and an image among the wrong class."""
+    rng = np.random.default_rng(0)
+    for name, colour in (("a", (220, 40, 40)), ("b", (30, 60, 200))):
+        (tmp_path / name).mkdir()
+        for i in range(12):
+            pixels = np.array(colour) + rng.normal(0, 25, (40, 40, 3))
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(tmp_path / name / f"{i}.png")
+    (tmp_path / "a" / "3.png").rename(tmp_path / "b" / "wrong.png")
+    with Image.open(tmp_path / "b" / "5.png") as image:
+        image.save(tmp_path / "b" / "copy.png")
+    gallery = open_gallery(open_source(str(tmp_path)), encoder)
+    worst = making.worst_strips(gallery)
+    assert worst[0].first.alt == "query: b/wrong.png"
+    assert worst[0].first.caption.startswith("neighbours say a (") and worst[0].first.caption.endswith("· b")
+    (pair,) = making.duplicate_strips(gallery)
+    assert {"5.png", "copy.png"} == {text.rpartition("/")[2] for text in (pair.first.alt, pair.others[0].alt)}
+    assert pair.others[0].caption.startswith("1.000")
+    assert making.worst_strips(making.Gallery(Sample(Blind(), [0, 1], [], gallery.sample.images[:2]), np.eye(2))) == []
+
+
+class Blind:
+    """A source without labels."""
+
+    labels, class_names = {}, {}
 
 
 def test_labels_in_words():

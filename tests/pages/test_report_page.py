@@ -58,6 +58,7 @@ def some_pictures(side=16, count=2, seed=0):
 
     strips = [Strip(picture(f"first {i}"), [picture(f"other {i} {j}") for j in range(3)]) for i in range(count)]
     pictures = Pictures(crops=strips, attention=strips, colours=strips, reconstructions=strips, neighbours=strips)
+    pictures.worst = pictures.duplicates = strips
     pictures.gallery, pictures.embed_dim = 1234, 192
     return pictures
 
@@ -79,6 +80,8 @@ def test_whole_page(tmp_path):
     for said in (
         "Connector: loss",
         "1,234 images",
+        "Worst cases",
+        "Near-duplicates",
         "broken.jpg",
         "truncated",
         "torch",
@@ -88,6 +91,13 @@ def test_whole_page(tmp_path):
         assert said in words
     links = {attributes["href"] for tag, attributes in outline.tags if tag == "a"}
     assert links == {f"#{name}" for name in SECTIONS}
+
+
+def test_no_near_duplicates_is_said(tmp_path):
+    pictures = some_pictures()
+    pictures.worst = pictures.duplicates = []
+    words = Outline(page_of(whole_run(tmp_path / "run"), pictures)).words
+    assert "None among these 1,234 images" in words and "Worst cases" not in words
 
 
 def test_every_row_of_the_results_is_there_with_its_interval(tmp_path):
@@ -154,7 +164,8 @@ def test_nothing_outside_is_loaded(tmp_path):
 def test_every_picture_has_words(tmp_path):
     outline = Outline(page_of(whole_run(tmp_path / "run"), some_pictures()))
     images = [attributes for tag, attributes in outline.tags if tag == "img"]
-    assert len(images) == 5 * 2 * 4 - 2 * 2 and all(image["alt"].strip() for image in images)
+    shown_in_pairs = 2  # an image and one other: patch colours, near-duplicates
+    assert len(images) == 7 * 2 * 4 - shown_in_pairs * 2 * 2 and all(image["alt"].strip() for image in images)
     charts = [attributes for tag, attributes in outline.tags if tag == "svg" and attributes.get("role") == "img"]
     assert charts and all(chart["aria-label"].strip() for chart in charts)
 

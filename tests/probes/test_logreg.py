@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from sklearn.linear_model import LogisticRegression
 
 from sslvit.errors import InputError
@@ -66,20 +65,6 @@ def test_few_images(labels):
     x = np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32)
     model = logreg.fit(x, labels)
     assert np.isfinite(model.logits(x)).all()
-
-
-def test_rows_in_parts_are_all_rows(monkeypatch):
-    """The gradient is summed over blocks of rows: one block or many, it is autograd's."""
-    x, y = problem(60)
-    x, y = torch.from_numpy(x.astype(np.float64)), torch.from_numpy(y // 3)
-    solution = torch.randn(17, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    expected = torch.nn.functional.cross_entropy(x @ solution[:-1] + solution[-1], y)
-    expected.backward()
-    for limit in (2**24, 7 * 6):
-        monkeypatch.setattr(logreg, "MAX_LOGITS", limit)
-        loss, gradient = logreg.cross_entropy_and_gradient(x, y, solution.detach())
-        torch.testing.assert_close(loss, expected.detach())
-        torch.testing.assert_close(gradient, solution.grad)
 
 
 def test_nan_is_refused():

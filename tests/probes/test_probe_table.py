@@ -2,11 +2,14 @@
 
 import csv
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
 
+import sslvit
 from sslvit.errors import InputError
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -41,10 +44,36 @@ def test_table_files_and_going_on(table, tmp_path, monkeypatch, capsys):
     assert text.count("| knn/top1 |") == 5 and "(2 seeds)" in text and "k-NN (DINO)" in text
     with open(tmp_path / "table.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == len(rows)
-    assert (tmp_path / "table.png").stat().st_size > 1000
+    for stem in ("table", "all"):  # in OUT, and beside --json
+        assert (tmp_path / f"{stem}.png").stat().st_size > 1000
+    assert (tmp_path / "all.md").read_text() == text
     monkeypatch.setattr("sslvit.verbs.evaluate.measure", lambda *_: pytest.fail("measured again"))
     assert run(table, tmp_path, "--seeds", "0", "1") == 0
     assert json.loads((tmp_path / "all.json").read_text()) == rows
+
+
+def test_cells_are_one_array_and_finished_ones_are_not_queued(table, tmp_path, monkeypatch):
+    """Slurm is a function here that carries the commands out; a task per encoder and data set."""
+    from sslvit.commands import parse
+    from sslvit.verbs import submit as jobs
+
+    arrays = []
+
+    def slurm(plans, folder, settings, num_restarts):
+        arrays.append([plan.output_dir.name for plan in plans])
+        for plan in plans:
+            command = parse(plan.words)
+            sslvit.evaluate(**command.arguments)
+        return [f"7_{i}" for i in range(len(plans))]
+
+    monkeypatch.setattr(jobs, "_start_on_slurm", slurm)
+    monkeypatch.setattr(jobs, "_slurm_state", lambda record: None)
+    assert run(table, tmp_path, "--launch", "slurm", encoders=[ENCODER]) == 0
+    assert run(table, tmp_path, "--launch", "slurm", "--seeds", "0", "1") == 0
+    assert [len(names) for names in arrays] == [1, 3] and len({*arrays[0], *arrays[1]}) == 4
+    assert all(name.startswith("sc--") for name in arrays[1])
+    assert len(jobs.submit(status=tmp_path)) == 4
+    assert len(json.loads((tmp_path / "all.json").read_text())) > 4
 
 
 def test_a_cell_that_fails_is_named_and_the_others_stand(table, tmp_path, capsys):
@@ -84,10 +113,26 @@ def test_data_sets_and_names(table):
     for wrong in ("x,y", "a=x", "a=x,y,z", "a b=x,y", "a=,y"):
         with pytest.raises(InputError, match="NAME=TRAIN,VAL"):
             table.split_dataset(wrong)
-    assert table.short_names(["runs/a", "runs/b/"]) == ["a", "b"]
-    assert table.short_names(["one/run", "two/run"]) == ["one-run", "two-run"]
-    with pytest.raises(InputError, match="twice"):
-        table.short_names(["runs/a", "runs/a"])
+    encoders = ["runs/a", "runs/b/", "dino=runs/x?y=z", "vit?pretrained=false"]
+    parts = [table.split_encoder(text) for text in encoders]
+    assert parts == [("", "runs/a"), ("", "runs/b/"), ("dino", "runs/x?y=z"), ("", "vit?pretrained=false")]
+    assert table.short_names(parts) == ["a", "b", "dino", "vit-pretrained=false"]
+    assert table.short_names([("", "one/run"), ("", "two/run")]) == ["one-run", "two-run"]
+    for twice in ([("", "runs/a")] * 2, [("x", "runs/a"), ("x", "runs/b")]):
+        with pytest.raises(InputError, match="twice"):
+            table.short_names(twice)
+
+
+def test_the_commands_of_the_readmes_are_accepted(table):
+    """Word for word, but for running them."""
+    text = (BENCHMARKS / "README.md").read_text() + (BENCHMARKS.parent / "README.md").read_text()
+    lines = re.findall(r"^python benchmarks/(?:linear_probe|knn)\.py (.*)$", text, flags=re.M)
+    assert len(lines) >= 5
+    for line in lines:
+        cells = table.plan(table._parse(["linear"], "", shlex.split(line)))
+        assert cells and len({cell.folder for cell in cells}) == len(cells)
+        for cell in cells:
+            assert table.command(cell)[0] == "evaluate"
 
 
 def test_unknown_keys_are_refused_before_anything_runs(table, tmp_path, capsys):

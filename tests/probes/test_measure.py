@@ -1,0 +1,139 @@
+"""Every probe on odd sets of made-up features: a clear number or a clear error, never a traceback of torch or faiss."""
+
+import numpy as np
+import pytest
+
+from sslvit.encoder.config import Preprocessing
+from sslvit.errors import InputError
+from sslvit.probes.config import EvaluateConfig
+from sslvit.probes.features import Examples, Extraction, Features
+from sslvit.probes.measure import measure
+from sslvit.probes.protocols import CLASS_PROBES
+
+ON_FEATURES = sorted(set(CLASS_PROBES) - {"attentive"})  # attentive reads tokens, see test_patch_probes.py
+CONFIG = EvaluateConfig(linear_steps=3, attentive_steps=2)
+
+
+class Made:
+    """A source without images."""
+
+    def __init__(self, name, labels, class_names=None):
+        self.spec, self.has_text, self.labels = name, False, {} if labels is None else {"label": labels}
+        self.class_names = {"label": class_names} if class_names else {}
+        self.length = len(labels)
+
+    def __len__(self):
+        return self.length
+
+    def name(self, index):
+        return f"{self.spec}-{index}"
+
+    def read(self, index):
+        return np.random.default_rng([len(self.spec), index]).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+
+
+def made(name, features, labels, class_names=None):
+    """Examples whose features are given, on a module that no probe here calls."""
+    one = Examples(Made(name, labels, class_names), None, Preprocessing(32), Extraction(num_workers=0), digest=name)
+    blocks = [features.astype(np.float32)] * 2
+    named = {"label": class_names} if class_names else {}
+    names = [one.source.name(i) for i in range(len(labels))]
+    one.features = Features(blocks, blocks[0], True, np.arange(len(labels)), names, {"label": labels}, named)
+    return one
+
+
+def clouds(labels, seed=0, dim=6):
+    """Features (n, dim) around a centre for each label."""
+    labels = np.asarray(labels)
+    centres = np.random.default_rng(7).normal(size=(labels.max() - labels.min() + 1, dim))
+    return centres[labels - labels.min()] + 0.3 * np.random.default_rng(seed).normal(size=(len(labels), dim))
+
+
+def numbers(name, train, val):
+    return {one.metric: one for one in measure(name, train, val, CONFIG)}
+
+
+CASES = {
+    "one class": (np.zeros(12, int), np.zeros(5, int)),
+    "one image per class": (np.arange(8), np.repeat(np.arange(8), 2)),
+    "labels with gaps": (np.repeat([3, 70, 900], 7), np.repeat([3, 70, 900], 3)),
+    "seven validation images": (np.repeat([0, 1], 20), np.array([0, 0, 0, 0, 1, 1, 1])),
+    "fewer training images than k": (np.repeat([0, 1], 3), np.repeat([0, 1], 5)),
+    "unseen validation classes": (np.repeat([0, 1], 8), np.repeat([0, 1, 2], 4)),
+    "more classes than training images": (np.array([0, 900, 17]), np.repeat([0, 17, 900, 901], 2)),
+}
+
+
+@pytest.mark.parametrize("name", ON_FEATURES)
+@pytest.mark.parametrize("case", CASES)
+def test_odd_sets_give_numbers_with_intervals(name, case):
+    train_labels, val_labels = CASES[case]
+    train = made("train", clouds(train_labels), train_labels)
+    val = made("validation", clouds(val_labels, seed=1), val_labels)
+    for one in measure(name, train, val, CONFIG):
+        assert np.isfinite(one.value) and one.ci95 is not None
+        assert one.ci95[0] <= one.value <= one.ci95[1] and one.num_images <= len(val_labels)
+        if "top1" in one.metric and case == "unseen validation classes":
+            assert one.value <= 8 / 12, "an image of a class that train never shows is wrong"
+
+
+@pytest.mark.parametrize("name", ON_FEATURES)
+def test_constant_features_are_chance(name):
+    labels = np.repeat([0, 1, 2], 20)
+    train, val = made("train", np.ones((60, 5)), labels), made("validation", np.ones((30, 5)), labels[::2])
+    scores = numbers(name, train, val)
+    for metric, one in scores.items():
+        assert np.isfinite(one.value), metric
+        if metric.endswith("top1"):
+            assert one.value == pytest.approx(1 / 3)
+    if name == "cluster":
+        assert scores["nmi"].value == pytest.approx(0, abs=0.2)
+
+
+@pytest.mark.parametrize("name", ON_FEATURES)
+@pytest.mark.parametrize("where", ["train", "val"])
+def test_nan_features_are_an_error(name, where):
+    labels = np.repeat([0, 1], 10)
+    features = {"train": clouds(labels), "val": clouds(labels, seed=1)}
+    features[where][3] = np.nan
+    with pytest.raises(InputError, match="NaN or infinity"):
+        measure(name, made("train", features["train"], labels), made("validation", features["val"], labels), CONFIG)
+
+
+@pytest.mark.parametrize("name", ["knn", "linear"])
+def test_a_hundred_thousand_classes(name):
+    """One image of nearly each: nothing is images x classes in size."""
+    labels = np.concatenate([np.arange(100_000), np.arange(20)])
+    config = EvaluateConfig(linear_steps=1, linear_batch_size=4)
+    features = np.random.default_rng(0).normal(size=(len(labels), 4))
+    val = made("validation", features[:40] + 1e-4, labels[:40])
+    scores = {one.metric: one.value for one in measure(name, made("train", features, labels), val, config)}
+    assert scores["top5"] >= scores["top1"] >= 0
+    if name == "knn":
+        assert scores["top1"] > 0.5
+
+
+@pytest.mark.parametrize("name", ["knn", "linear", "logreg"])
+def test_the_same_images_are_no_validation_set(name):
+    labels = np.repeat([0, 1], 10)
+    same = made("train", clouds(labels), labels)
+    with pytest.raises(InputError, match="the same images"):
+        measure(name, same, same, CONFIG)
+
+
+@pytest.mark.parametrize("name", ["retrieval", "cluster"])
+def test_probes_without_training_take_one_set(name):
+    labels = np.repeat([0, 1], 10)
+    same = made("train", clouds(labels), labels)
+    assert "duplicates" not in numbers(name, same, same)
+
+
+def test_a_mean_over_labels_always_has_an_interval():
+    """Clusters have no value per image: the mean's interval is the labels' own on average."""
+    labels = np.repeat([0, 1, 2], 10)
+    train, val = made("train", clouds(labels), labels), made("validation", clouds(labels, seed=1), labels)
+    for one in (train, val):
+        one.source.labels["other"] = one.features.labels["other"] = labels % 2
+    scores = numbers("cluster", train, val)
+    low, high = scores["nmi"].ci95
+    assert (low, high) == pytest.approx(np.mean([scores[f"{n}/nmi"].ci95 for n in ("label", "other")], axis=0))
