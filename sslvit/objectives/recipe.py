@@ -125,34 +125,29 @@ def _resolve_precision(resolver: _Resolver, facts: DataFacts) -> None:
         resolver.fill("precision", "fp32", f"this {facts.device} only emulates bf16")
 
 
-def _is_small(config: PretrainConfig) -> bool:
-    """Whether the run sees few images."""
-    return _required(config.steps) * _required(config.batch_size) < SMALL_BUDGET
-
-
 def _resolve_distillation(resolver: _Resolver) -> None:
-    """What DINO may cost: a masked student that MAE reads too on a small budget, the published form otherwise."""
+    """What DINO may cost: beside MAE on a small budget a masked student that both read, else the published form."""
     config = resolver.config
-    small, seen = _is_small(config), _required(config.steps) * _required(config.batch_size)
+    seen = _required(config.steps) * _required(config.batch_size)
+    small = seen < SMALL_BUDGET
     budget = f"{seen:,} images seen, {'under' if small else 'not under'} {SMALL_BUDGET:,}"
     if config.dino is not None:
-        joint = small and config.mae is not None
-        why = f"{budget}: MAE carries" if joint else f"DINO ({budget})" if config.mae else "DINO"
-        resolver.fill("dino.weight", 0.1 if joint else 1.0, why)
-        if joint and config.ibot is None and config.mae is not None:
-            visible = round(1 - config.mae.mask_ratio, 6)
-            why = f"{budget}: MAE's visible share, so that one student pass serves both (MSN)"
-            resolver.fill("dino.student_visible_ratio", visible, why)
+        carried = small and config.mae is not None
+        resolver.fill("dino.weight", 0.1 if carried else 1.0, f"{budget}: MAE carries" if carried else f"DINO; {budget}")
+        if carried and config.ibot is None and config.mae is not None:
+            visible, why = round(1 - config.mae.mask_ratio, 6), "MAE's visible share: one student pass serves both (MSN)"
+            resolver.fill("dino.student_visible_ratio", visible, f"{budget}; {why}")
         else:
-            resolver.fill("dino.student_visible_ratio", 1.0, "whole views; iBOT brings its own masks" if joint else why)
+            why = "iBOT brings its own masks" if config.ibot is not None else f"DINO; {budget}"
+            resolver.fill("dino.student_visible_ratio", 1.0, f"whole views: {why}")
         masked = config.dino.student_visible_ratio != 1
-        why = "masked student: one teacher forward more than MAE" if masked else "DINO, both global views"
-        resolver.fill("dino.num_teacher_views", 1 if masked and joint else min(2, config.crops.num_global), why)
+        why = "one teacher's forward is all that a masked student adds to MAE" if masked else "DINO, both global views"
+        resolver.fill("dino.num_teacher_views", 1 if masked else min(2, config.crops.num_global), why)
+    size = "a quarter and a half of DINO's 2048 and 256" if small else "DINO, appendix C"
     for name in ("dino", "ibot"):
         if getattr(config, name) is not None:
-            size = "a quarter of DINO's head" if small else "DINO, appendix C"
-            resolver.fill(f"{name}.head_hidden_dim", 512 if small else 2048, f"{size} ({budget})")
-            resolver.fill(f"{name}.head_bottleneck_dim", 128 if small else 256, f"{size} ({budget})")
+            resolver.fill(f"{name}.head_hidden_dim", 512 if small else 2048, f"{size}; {budget}")
+            resolver.fill(f"{name}.head_bottleneck_dim", 128 if small else 256, f"{size}; {budget}")
 
 
 def _resolve_crops(resolver: _Resolver) -> None:
