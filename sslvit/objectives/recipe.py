@@ -133,9 +133,14 @@ def _resolve_distillation(resolver: _Resolver) -> None:
     budget = f"{seen:,} images seen, {'under' if small else 'not under'} {SMALL_BUDGET:,}"
     if config.dino is not None:
         carried = small and config.mae is not None
-        resolver.fill("dino.weight", 0.1 if carried else 1.0, f"{budget}: MAE carries" if carried else f"DINO; {budget}")
+        resolver.fill(
+            "dino.weight", 0.1 if carried else 1.0, f"{budget}: MAE carries" if carried else f"DINO; {budget}"
+        )
         if carried and config.ibot is None and config.mae is not None:
-            visible, why = round(1 - config.mae.mask_ratio, 6), "MAE's visible share: one student pass serves both (MSN)"
+            visible, why = (
+                round(1 - config.mae.mask_ratio, 6),
+                "MAE's visible share: one student pass serves both (MSN)",
+            )
             resolver.fill("dino.student_visible_ratio", visible, f"{budget}; {why}")
         else:
             why = "iBOT brings its own masks" if config.ibot is not None else f"DINO; {budget}"
@@ -155,7 +160,9 @@ def _resolve_crops(resolver: _Resolver) -> None:
     size, patch = _required(config.encoder.image_size), _required(config.encoder.patch_size)
     masked = config.dino is not None and config.dino.student_visible_ratio != 1
     if config.dino is None or masked:
-        resolver.fill("crops.num_local", 0, "a masked student's views are local enough" if masked else "none without DINO")
+        resolver.fill(
+            "crops.num_local", 0, "a masked student's views are local enough" if masked else "none without DINO"
+        )
     else:
         resolver.fill("crops.num_local", 8 if size >= 160 else 2, "DINO's multi-crop; fewer at small sizes")
     local = max(patch, round(size * 96 / 224 / patch) * patch)

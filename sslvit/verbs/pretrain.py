@@ -107,7 +107,9 @@ def _run(config: PretrainConfig, folder: RunFolder, device: torch.device) -> Non
 def _explained(config: PretrainConfig) -> list[str]:
     """Every value of the recipe for this data on this machine, and why."""
     device = distributed.choose_device(config.device)
-    resolved, reasons = resolve(config, measure_facts(open_source(str(config.data)), device.type, config.encoder.in_chans))
+    resolved, reasons = resolve(
+        config, measure_facts(open_source(str(config.data)), device.type, config.encoder.in_chans)
+    )
     check_config(resolved)
     return explain_recipe(config, resolved, reasons)
 
