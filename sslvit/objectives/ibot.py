@@ -17,7 +17,6 @@ from sslvit.objectives.config import IbotConfig
 from sslvit.objectives.dino import Centering, Dino, DinoHead, make_heads, warmed_up
 from sslvit.objectives.passes import Draw, Masking, Pass
 
-
 NUM_ATTEMPTS = 10  # rectangles tried before a mask counts as full (BEiT)
 MIN_AREA = 4  # patches (DINOv2; BEiT's 16 are too many for small grids)
 MIN_ASPECT = 0.3
@@ -26,8 +25,8 @@ MIN_ASPECT = 0.3
 def block_mask(rng: np.random.Generator, grid: tuple[int, int], num_masked: int) -> np.ndarray:
     """A mask of exactly `num_masked` patches made of rectangles: (rows, columns) bool, True = masked.
 
-    Rectangles (BEiT, algorithm 1) have an aspect ratio in (0.3, 1/0.3), drawn log-uniformly, and are added until ten in a
-    row do not fit; the rest is filled at random, so that every image of a ratio has the same count.
+    Rectangles (BEiT, algorithm 1) have an aspect ratio in (0.3, 1/0.3), drawn log-uniformly, and are added until ten
+    in a row do not fit; the rest is filled at random, so that every image of a ratio has the same count.
     """
     mask = np.zeros(grid, dtype=bool)
     while (missing := num_masked - int(mask.sum())) > 0:

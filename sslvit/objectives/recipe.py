@@ -241,7 +241,7 @@ def _check_distillation(config: PretrainConfig) -> None:
     dino, ibot = config.dino, config.ibot
     if ibot is not None and dino is not None and dino.student_visible_ratio != 1:
         raise InputError(
-            f"dino.student_visible_ratio={dino.student_visible_ratio} removes the patches that ibot predicts; set it to 1"
+            f"dino.student_visible_ratio={dino.student_visible_ratio} removes patches that ibot predicts; set it to 1"
         )
     if ibot is not None and ibot.shared_head and dino is None:
         raise InputError("ibot.shared_head=true shares DINO's head; switch on dino={} or set it to false")
