@@ -327,3 +327,17 @@ def test_no_warm_up_is_longer_than_the_run(steps, share):
     assert max(rates) == pytest.approx(1e-3)
     assert warmed_up(steps, steps, 0.04, 0.07, share) == 0.07
     assert all(0.04 <= warmed_up(step, steps, 0.04, 0.07, share) <= 0.07 for step in range(steps))
+
+
+def test_koleo_looks_for_neighbours_on_all_ranks(monkeypatch):
+    """Two ranks with half of the batch each: their mean is the loss of the whole batch."""
+    whole = torch.tensor([*TEACHER, *STUDENT])
+    unit = torch.nn.functional.normalize(whole, dim=-1)
+    monkeypatch.setattr("sslvit.distributed.world_size", lambda: 2)
+    monkeypatch.setattr("sslvit.distributed.all_gather_cat", lambda mine: unit)
+    losses = []
+    for rank in range(2):
+        monkeypatch.setattr("sslvit.distributed.rank", lambda rank=rank: rank)
+        losses.append(koleo_loss(whole[4 * rank : 4 * rank + 4]).item())
+    assert sum(losses) / 2 == pytest.approx(koleo_as_loops(whole.tolist()), abs=1e-5)
+    assert sum(losses) / 2 > (koleo_as_loops(TEACHER) + koleo_as_loops(STUDENT)) / 2 + 0.1  # not rank by rank
