@@ -117,6 +117,7 @@ def test_one_of_our_arms_for_real(bench, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the versions of torch and timm that lightly was written for
 @pytest.mark.parametrize("arm", ["lightly_dino", "lightly_mae"])
 def test_lightlys_arms_for_real(bench, tmp_path, arm):
     pytest.importorskip("lightly", reason="lightly is not installed")
