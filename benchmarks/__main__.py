@@ -9,6 +9,7 @@ HERE = Path(__file__).parent
 #: What runs without further words, its cost on two cores, and its words.
 BENCHMARKS = {
     "data": ("decode and views per core beside DINO's pipeline and torchvision", "10 minutes", []),
+    "equal_minutes": ("our recipes and lightly's modules, 20 minutes each on CIFAR-10, three seeds", "10 hours", []),
     "linear_probe": ("linear probes of random encoders on the built-in scenes", "5 minutes", ["--quick"]),
     "knn_million": ("k-NN among a million features beside plain torch", "20 minutes", []),
     "knn": ("k-NN of random encoders on the built-in scenes", "2 minutes", ["--quick"]),

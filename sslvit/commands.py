@@ -170,6 +170,11 @@ def _config_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("keys", nargs="*", metavar="key=value", help="any key below, e.g. optim.lr=1e-4")
 
 
+def _pretrain_options(parser: argparse.ArgumentParser) -> None:
+    _config_options(parser)
+    parser.add_argument("--explain", action="store_true", help="print every value of the recipe and why; train nothing")
+
+
 def _pretrain_command(options: argparse.Namespace) -> Command:
     loose = [word for word in options.keys if "=" not in word]
     if loose:
@@ -178,7 +183,7 @@ def _pretrain_command(options: argparse.Namespace) -> Command:
     config = load_config(PretrainConfig, options.config_file, keys, default=PRETRAIN_DEFAULT)
     check_config(config)
     output_dir = options.output_dir or default_output_dir("pretrain", options.config_file, config.data)
-    return _with_config("pretrain", options, keys, output_dir)
+    return _with_config("pretrain", options, keys | ({"explain": True} if options.explain else {}), output_dir)
 
 
 def _align_command(options: argparse.Namespace) -> Command:
@@ -336,9 +341,9 @@ VERBS: dict[str, Verb] = {
         _demo_command,
     ),
     "pretrain": Verb(
-        "sslvit pretrain [--config-file C] [--output-dir OUT] data=SPEC [key=value ...]",
+        "sslvit pretrain [--config-file C] [--output-dir OUT] [--explain] data=SPEC [key=value ...]",
         "Images without labels become an encoder.",
-        _config_options,
+        _pretrain_options,
         _pretrain_command,
         PretrainConfig,
     ),

@@ -567,7 +567,7 @@ def _check_at_least(key: str, number: float | None, least: int) -> None:
 def _check_pretrain(config: PretrainConfig) -> None:
     _check_at_least("steps", config.steps, 1)
     sections = {"dino": config.dino, "ibot": config.ibot, "koleo": config.koleo, "mae": config.mae}
-    if not any(section is not None and section.weight > 0 for section in sections.values()):
+    if not any(section is not None and (section.weight is None or section.weight > 0) for section in sections.values()):
         raise InputError("no objective is switched on; give at least one of dino={} ibot={} mae={}")
     _check_crops(config.crops)
     _check_objectives(config)
@@ -599,10 +599,9 @@ def _check_objectives(config: PretrainConfig) -> None:
             near = _nearest(section.centering, _CENTERINGS)
             raise InputError(f"{name}.centering is {section.centering!r}; it is {' or '.join(_CENTERINGS)}{near}")
     dino, ibot, mae = config.dino, config.ibot, config.mae
-    if dino is not None and not 0 < dino.student_visible_ratio <= 1:
-        raise InputError(
-            f"dino.student_visible_ratio is {dino.student_visible_ratio}; it is above 0 and at most 1, 1 shows all"
-        )
+    visible = None if dino is None else dino.student_visible_ratio
+    if visible is not None and not 0 < visible <= 1:
+        raise InputError(f"dino.student_visible_ratio is {visible}; it is above 0 and at most 1, 1 shows all")
     if ibot is not None and ibot.mask_ratio_min > ibot.mask_ratio_max:
         raise InputError(
             f"ibot.mask_ratio_min is {ibot.mask_ratio_min}, above ibot.mask_ratio_max={ibot.mask_ratio_max}"

@@ -186,6 +186,7 @@ def module_and_views(**sections):
         {"dino": DinoConfig(), "mae": MaeConfig()},
         {"dino": DinoConfig(student_visible_ratio=0.25, num_teacher_views=1), "mae": MaeConfig()},
         {"dino": DinoConfig(centering="sinkhorn"), "ibot": IbotConfig(mask_prob=1.0), "koleo": KoleoConfig()},
+        {"dino": DinoConfig(), "ibot": IbotConfig(mask_prob=1.0, shared_head=True), "koleo": KoleoConfig()},
         {"dino": DinoConfig(), "ibot": IbotConfig(mask_prob=1.0), "koleo": KoleoConfig(), "mae": MaeConfig()},
     ],
 )
@@ -193,7 +194,7 @@ def test_every_combination_steps_and_every_parameter_learns(sections):
     module, views = module_and_views(**sections)
     loss, logs = module(views, 5)
     assert torch.isfinite(loss)
-    weights = {name: section.weight for name, section in sections.items()}
+    weights = {name: getattr(module.config, name).weight for name in sections}
     expected = sum(weight * logs[f"{name}/loss"] for name, weight in weights.items())
     torch.testing.assert_close(loss.detach(), expected)
     loss.backward()
@@ -221,10 +222,11 @@ def test_equal_passes_run_once(monkeypatch):
 
 def test_the_joint_loss_is_the_sum_of_the_single_ones():
     """Sharing and packing change nothing: each objective alone, on the same weights, has the same loss."""
-    joint, views = module_and_views(dino=DinoConfig(), mae=MaeConfig())
+    sections = {"dino": DinoConfig(student_visible_ratio=1.0), "mae": MaeConfig()}
+    joint, views = module_and_views(**sections)
     _, logs = joint(views, 3)
-    for name, section in (("dino", {"dino": DinoConfig()}), ("mae", {"mae": MaeConfig()})):
-        alone, _ = module_and_views(**section)
+    for name, section in sections.items():
+        alone, _ = module_and_views(**{name: section})
         alone.load_state_dict({k: v for k, v in joint.state_dict().items() if k in alone.state_dict()})
         _, single = alone(views, 3)
         torch.testing.assert_close(single[f"{name}/loss"], logs[f"{name}/loss"], atol=1e-5, rtol=0)

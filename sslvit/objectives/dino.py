@@ -19,6 +19,7 @@ from sslvit import distributed
 from sslvit.encoder.vit import Tokens
 from sslvit.objectives.config import DinoConfig, IbotConfig
 from sslvit.objectives.passes import FULL, Draw, Masking, Pass, num_visible
+from sslvit.schedules import linear_warmup
 
 
 class DinoHead(nn.Module):
@@ -48,7 +49,7 @@ class DinoHead(nn.Module):
 
 def make_heads(config: DinoConfig | IbotConfig, embed_dim: int) -> tuple[DinoHead, DinoHead]:
     """The student's head and its frozen copy, the teacher's."""
-    assert config.num_prototypes
+    assert config.num_prototypes and config.head_hidden_dim and config.head_bottleneck_dim
     student = DinoHead(embed_dim, config.num_prototypes, config.head_hidden_dim, config.head_bottleneck_dim)
     teacher = copy.deepcopy(student)
     return student, teacher.requires_grad_(False)
@@ -56,8 +57,7 @@ def make_heads(config: DinoConfig | IbotConfig, embed_dim: int) -> tuple[DinoHea
 
 def warmed_up(step: int, steps: int, start: float, end: float, share: float) -> float:
     """Linear from `start` to `end` over the first `share` of the run, then constant (DINO's teacher temperature)."""
-    warmup = max(1, round(share * steps))
-    return start + (end - start) * min(1.0, step / warmup)
+    return linear_warmup(step, start, end, round(share * steps))
 
 
 def sinkhorn(logits: Tensor, temperature: float, num_iterations: int = 3) -> Tensor:
@@ -144,10 +144,13 @@ class Dino(nn.Module):
         """`global_masking(draw, view, num_patches)` overrides what the student sees of a global view (iBOT's masks)."""
         super().__init__()
         assert config.num_prototypes and config.teacher_temperature and config.teacher_temperature_start
+        assert config.num_teacher_views and config.student_visible_ratio
         self.config = config
         self.steps = steps
         self.num_global = num_global
         self.num_local = num_local
+        self.num_teacher_views = min(config.num_teacher_views, num_global)
+        self.visible_ratio = config.student_visible_ratio
         self.global_masking = global_masking
         self.student_head, self.teacher_head = make_heads(config, embed_dim)
         self.centering = Centering(config.num_prototypes, config.centering, config.center_momentum)
@@ -155,7 +158,7 @@ class Dino(nn.Module):
     @property
     def teacher_views(self) -> range:
         """The global views the teacher sees."""
-        return range(min(self.config.num_teacher_views, self.num_global))
+        return range(self.num_teacher_views)
 
     @property
     def student_views(self) -> list[int]:
@@ -165,8 +168,8 @@ class Dino(nn.Module):
     def _student_masking(self, draw: Draw, view: int, num_patches: int) -> Masking:
         if self.global_masking is not None:
             return self.global_masking(draw, view, num_patches)
-        if self.config.student_visible_ratio < 1:
-            return draw.visible(view, num_patches, num_visible(num_patches, 1 - self.config.student_visible_ratio))
+        if self.visible_ratio < 1:
+            return draw.visible(view, num_patches, num_visible(num_patches, 1 - self.visible_ratio))
         return FULL
 
     def passes(self, draw: Draw, num_patches: int) -> list[Pass]:

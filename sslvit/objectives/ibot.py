@@ -14,48 +14,69 @@ from torch import Tensor, nn
 
 from sslvit.encoder.vit import Tokens
 from sslvit.objectives.config import IbotConfig
-from sslvit.objectives.dino import Centering, make_heads, warmed_up
+from sslvit.objectives.dino import Centering, Dino, DinoHead, make_heads, warmed_up
 from sslvit.objectives.passes import Draw, Masking, Pass
+
+NUM_ATTEMPTS = 10  # rectangles tried before a mask counts as full (BEiT)
+MIN_AREA = 4  # patches (DINOv2; BEiT's 16 are too many for small grids)
+MIN_ASPECT = 0.3
 
 
 def block_mask(rng: np.random.Generator, grid: tuple[int, int], num_masked: int) -> np.ndarray:
     """A mask of exactly `num_masked` patches made of rectangles: (rows, columns) bool, True = masked.
 
-    Rectangles have an aspect ratio in (0.3, 1/0.3), drawn log-uniformly; what they cannot fill is filled at random.
+    Rectangles (BEiT, algorithm 1) have an aspect ratio in (0.3, 1/0.3), drawn log-uniformly, and are added until ten
+    in a row do not fit; the rest is filled at random, so that every image of a ratio has the same count.
     """
-    rows, columns = grid
     mask = np.zeros(grid, dtype=bool)
-    for _ in range(10):
-        missing = num_masked - int(mask.sum())
-        if missing < 1:
-            break
-        area = rng.uniform(min(4, missing), missing)
-        aspect = math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
-        height = min(rows, max(1, round(math.sqrt(area * aspect))))
-        width = min(columns, max(1, round(math.sqrt(area / aspect))))
-        top, left = rng.integers(rows - height + 1), rng.integers(columns - width + 1)
-        block = mask[top : top + height, left : left + width]
-        if block.size - int(block.sum()) <= missing:
-            block[:] = True
-    free = np.flatnonzero(~mask.reshape(-1))
-    missing = num_masked - int(mask.sum())
-    mask.reshape(-1)[rng.permutation(free)[:missing]] = True
+    while (missing := num_masked - int(mask.sum())) > 0:
+        if not any(_add_block(rng, mask, missing) for _ in range(NUM_ATTEMPTS)):
+            free = np.flatnonzero(~mask.reshape(-1))
+            mask.reshape(-1)[rng.permutation(free)[:missing]] = True
     return mask
+
+
+def _add_block(rng: np.random.Generator, mask: np.ndarray, missing: int) -> bool:
+    """Try one rectangle: masked if it is smaller than the grid and adds between 1 and `missing` patches."""
+    rows, columns = mask.shape
+    area = rng.uniform(*sorted((MIN_AREA, missing)))
+    aspect = math.exp(rng.uniform(math.log(MIN_ASPECT), -math.log(MIN_ASPECT)))
+    height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+    if height >= rows or width >= columns:
+        return False
+    top, left = rng.integers(rows - height + 1), rng.integers(columns - width + 1)
+    block = mask[top : top + height, left : left + width]
+    if not 0 < block.size - int(block.sum()) <= missing:
+        return False
+    block[:] = True
+    return True
 
 
 class Ibot(nn.Module):
     """The iBOT objective: mask token, heads of both networks, the centre and the loss."""
 
     def __init__(self, config: IbotConfig, embed_dim: int, grid: tuple[int, int], steps: int, num_global: int) -> None:
-        """`grid` is the number of patches (rows, columns) of a global crop."""
+        """`grid` is the number of patches (rows, columns) of a global crop. A shared head is lent by `share_heads`."""
         super().__init__()
         assert config.num_prototypes and config.teacher_temperature and config.teacher_temperature_start
         self.config = config
         self.grid = grid
         self.steps = steps
         self.num_global = num_global
-        self.student_head, self.teacher_head = make_heads(config, embed_dim)
+        self._shared: tuple[DinoHead, DinoHead] | None = None  # a tuple, for their parameters are DINO's
+        if not config.shared_head:
+            self.student_head, self.teacher_head = make_heads(config, embed_dim)
         self.centering = Centering(config.num_prototypes, config.centering, config.center_momentum)
+
+    def share_heads(self, dino: Dino) -> None:
+        """Patches go through DINO's heads from now on; the centre stays our own (iBOT, section 3.2)."""
+        assert self.config.shared_head and self.config.num_prototypes == dino.config.num_prototypes
+        self._shared = (dino.student_head, dino.teacher_head)
+
+    @property
+    def heads(self) -> tuple[DinoHead, DinoHead]:
+        """The student's and the teacher's, our own or DINO's."""
+        return self._shared or (self.student_head, self.teacher_head)
 
     def masking(self, draw: Draw, view: int, num_patches: int) -> Masking:
         """Block masks of one view, keyed per sample: a share `mask_prob` of the images is masked."""
@@ -90,10 +111,11 @@ class Ibot(nn.Module):
         teacher = {p.index: p for p in tokens if p.network == "teacher"}
         masks = torch.stack([_present(p.masking.mask) for p in student])  # (G, B, N)
         picked = torch.cat([tokens[p].patches[mask] for p, mask in zip(student, masks, strict=True)])
+        student_head, teacher_head = self.heads
         with torch.no_grad():
             seen = [tokens[teacher[p.index]].patches[mask] for p, mask in zip(student, masks, strict=True)]
-            targets = self.centering.targets(self.teacher_head(torch.cat(seen)), self.temperature(step))
-        logits = self.student_head(picked).float() / self.config.student_temperature
+            targets = self.centering.targets(teacher_head(torch.cat(seen)), self.temperature(step))
+        logits = student_head(picked).float() / self.config.student_temperature
         losses = logits.logsumexp(-1) - (targets * logits).sum(-1)
         per_patch = (1 / masks.sum(-1, keepdim=True).clamp_min(1)).expand(masks.shape)[masks]
         return (losses * per_patch).sum() / (masks.shape[0] * masks.shape[1]), {}

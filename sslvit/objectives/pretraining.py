@@ -57,7 +57,9 @@ class Pretraining(nn.Module):
             built["ibot"] = ibot = Ibot(config.ibot, width, (side, side), config.steps, num_global)
             masking = ibot.masking
         if config.dino is not None:
-            built["dino"] = Dino(config.dino, width, config.steps, num_global, num_local, masking)
+            built["dino"] = dino = Dino(config.dino, width, config.steps, num_global, num_local, masking)
+            if config.ibot is not None and config.ibot.shared_head:
+                ibot.share_heads(dino)
         if config.koleo is not None:
             built["koleo"] = Koleo(config.koleo)
         if config.mae is not None:
@@ -171,7 +173,7 @@ class Pretraining(nn.Module):
         momentum = self.momentum(step)
         ema_(self.teacher.parameters(), self.student.parameters(), momentum)
         for objective in self._active.values():
-            if isinstance(objective, Dino | Ibot):
+            if isinstance(objective, Dino | Ibot) and not getattr(objective.config, "shared_head", False):
                 ema_(objective.teacher_head.parameters(), objective.student_head.parameters(), momentum)
 
     def momentum(self, step: int) -> float:

@@ -14,8 +14,11 @@ from sslvit.config import PretrainConfig
 from sslvit.errors import InputError
 from sslvit.schedules import momentum_from_half_life
 
-# lightly-train's published table for DINO: prototypes by number of images.
 LONG_RUN = 50_000  # steps
+# Images seen. Below it MAE carries and distillation has to be cheap to earn its cost; above it DINO leads on small sets
+# (solo-learn, stable-pretraining). Where exactly the order turns is what benchmarks/equal_minutes.py measures.
+SMALL_BUDGET = 1_000_000
+# lightly-train's published table for DINO: prototypes by number of images.
 _PROTOTYPES = ((20_000, 1024), (50_000, 2048), (100_000, 4096), (200_000, 16384), (500_000, 32768))
 _WIDTH = {"tiny": 192, "small": 384, "base": 768, "large": 1024, "giant": 1536}
 _DECODER = ((256, 128, 2, 4), (512, 256, 4, 8), (math.inf, 512, 8, 16))  # up to this width: dim, depth, heads
@@ -59,6 +62,7 @@ def resolve(config: PretrainConfig, facts: DataFacts) -> tuple[PretrainConfig, d
     _resolve_encoder(resolver, facts)
     _resolve_length(resolver, facts)
     _resolve_precision(resolver, facts)
+    _resolve_distillation(resolver)
     _resolve_crops(resolver)
     _resolve_optim(resolver)
     _resolve_objectives(resolver, facts)
@@ -121,18 +125,54 @@ def _resolve_precision(resolver: _Resolver, facts: DataFacts) -> None:
         resolver.fill("precision", "fp32", f"this {facts.device} only emulates bf16")
 
 
+def _resolve_distillation(resolver: _Resolver) -> None:
+    """What DINO may cost: beside MAE on a small budget a masked student that both read, else the published form."""
+    config = resolver.config
+    seen = _required(config.steps) * _required(config.batch_size)
+    small = seen < SMALL_BUDGET
+    budget = f"{seen:,} images seen, {'under' if small else 'not under'} {SMALL_BUDGET:,}"
+    if config.dino is not None:
+        carried = small and config.mae is not None
+        resolver.fill(
+            "dino.weight", 0.1 if carried else 1.0, f"{budget}: MAE carries" if carried else f"DINO; {budget}"
+        )
+        if carried and config.ibot is None and config.mae is not None:
+            visible, why = (
+                round(1 - config.mae.mask_ratio, 6),
+                "MAE's visible share: one student pass serves both (MSN)",
+            )
+            resolver.fill("dino.student_visible_ratio", visible, f"{budget}; {why}")
+        else:
+            why = "iBOT brings its own masks" if config.ibot is not None else f"DINO; {budget}"
+            resolver.fill("dino.student_visible_ratio", 1.0, f"whole views: {why}")
+        masked = config.dino.student_visible_ratio != 1
+        why = "one teacher's forward is all that a masked student adds to MAE" if masked else "DINO, both global views"
+        resolver.fill("dino.num_teacher_views", 1 if masked else min(2, config.crops.num_global), why)
+    size = "a quarter and a half of DINO's 2048 and 256" if small else "DINO, appendix C"
+    for name in ("dino", "ibot"):
+        if getattr(config, name) is not None:
+            resolver.fill(f"{name}.head_hidden_dim", 512 if small else 2048, f"{size}; {budget}")
+            resolver.fill(f"{name}.head_bottleneck_dim", 128 if small else 256, f"{size}; {budget}")
+
+
 def _resolve_crops(resolver: _Resolver) -> None:
     config = resolver.config
     size, patch = _required(config.encoder.image_size), _required(config.encoder.patch_size)
-    distilled = config.dino is not None
-    on_gpu_scale = size >= 160
-    count = (8 if on_gpu_scale else 2) if distilled else 0
-    resolver.fill("crops.num_local", count, "DINO's multi-crop; fewer at small sizes; none without DINO")
+    masked = config.dino is not None and config.dino.student_visible_ratio != 1
+    if config.dino is None or masked:
+        resolver.fill(
+            "crops.num_local", 0, "a masked student's views are local enough" if masked else "none without DINO"
+        )
+    else:
+        resolver.fill("crops.num_local", 8 if size >= 160 else 2, "DINO's multi-crop; fewer at small sizes")
     local = max(patch, round(size * 96 / 224 / patch) * patch)
     resolver.fill("crops.local_size", local, "96 of 224 pixels, as DINO, in whole patches")
-    resolver.fill(
-        "crops.global_scale", [0.4, 1.0] if config.crops.num_local else [0.2, 1.0], "DINO with, MAE without local crops"
-    )
+    if config.crops.num_local:
+        resolver.fill("crops.global_scale", [0.4, 1.0], "DINO with local crops")
+    elif config.dino is not None:
+        resolver.fill("crops.global_scale", [0.3, 1.0], "MSN; DINO without local crops takes .14")
+    else:
+        resolver.fill("crops.global_scale", [0.2, 1.0], "MAE")
 
 
 def _resolve_optim(resolver: _Resolver) -> None:
@@ -157,6 +197,8 @@ def _resolve_objectives(resolver: _Resolver, facts: DataFacts) -> None:
     temperature = round(0.04 + 0.03 * share, 4)
     for name in ("dino", "ibot"):
         if getattr(config, name) is not None:
+            if name == "ibot" and config.ibot and config.ibot.shared_head and config.dino:
+                resolver.fill("ibot.num_prototypes", config.dino.num_prototypes, "DINO's head is shared")
             resolver.fill(f"{name}.num_prototypes", prototypes, f"{facts.num_images:,} images")
             resolver.fill(
                 f"{name}.teacher_temperature", temperature, ".04 for small sets to DINO's .07 at ImageNet's size"
@@ -186,11 +228,27 @@ def _check(config: PretrainConfig) -> None:
         raise InputError(f"dino needs two global crops, crops.num_global={config.crops.num_global}; set it to 2")
     if config.koleo is not None and config.dino is None and config.ibot is None:
         raise InputError("koleo spreads class tokens and learns nothing alone; switch on dino={} with it")
+    _check_distillation(config)
     if _required(config.batch_size) % config.accumulate:
         raise InputError(f"accumulate={config.accumulate} does not divide batch_size={config.batch_size}")
     if not config.encoder.class_token and config.encoder.num_registers:
         raise InputError(
             f"encoder.num_registers={config.encoder.num_registers} needs encoder.class_token=true; set it to 0"
+        )
+
+
+def _check_distillation(config: PretrainConfig) -> None:
+    dino, ibot = config.dino, config.ibot
+    if ibot is not None and dino is not None and dino.student_visible_ratio != 1:
+        raise InputError(
+            f"dino.student_visible_ratio={dino.student_visible_ratio} removes patches that ibot predicts; set it to 1"
+        )
+    if ibot is not None and ibot.shared_head and dino is None:
+        raise InputError("ibot.shared_head=true shares DINO's head; switch on dino={} or set it to false")
+    if ibot is not None and ibot.shared_head and dino is not None and ibot.num_prototypes != dino.num_prototypes:
+        raise InputError(
+            f"ibot.num_prototypes={ibot.num_prototypes} differs from dino.num_prototypes={dino.num_prototypes}, but "
+            "ibot.shared_head=true; leave it out"
         )
 
 

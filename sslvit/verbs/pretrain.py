@@ -24,6 +24,7 @@ from sslvit.encoder.weights import init_encoder
 from sslvit.errors import InputError
 from sslvit.exports.run_encoders import write_run_encoders
 from sslvit.metrics import MetricsLog
+from sslvit.objectives.explain import explain as explain_recipe
 from sslvit.objectives.pretraining import Pretraining
 from sslvit.objectives.recipe import DataFacts, resolve
 from sslvit.optim import adamw, param_groups
@@ -34,9 +35,12 @@ from sslvit.signals import StopFlag
 from sslvit.training import train
 
 
-def pretrain(*, config_file: str | None = None, output_dir: str | Path | None = None, **keys: Any) -> Path:
+def pretrain(
+    *, config_file: str | None = None, output_dir: str | Path | None = None, explain: bool = False, **keys: Any
+) -> Path:
     """Train an encoder on images; returns the run folder. Keys as on the command line, sections as dicts.
 
+    With `explain` every value of the recipe is printed with its reason, and nothing is trained or written.
     Raises InputError for anything wrong with the input, Resumable when stopped by a signal or a full disk.
     """
     config = load_config(PretrainConfig, config_file, keys, default="pretrain/auto")
@@ -44,6 +48,9 @@ def pretrain(*, config_file: str | None = None, output_dir: str | Path | None = 
     if config.data is None:
         raise InputError("no images given; add data=SPEC, for example data=/my/images")
     path = Path(output_dir or default_output_dir("pretrain", config_file, config.data))
+    if explain:
+        print("\n".join(_explained(config)))
+        return path
     with RunFolder.open(path, "pretrain", config, overwrite=config.overwrite) as folder:
         if folder.finished:
             print(f"{path}: finished already; overwrite=true starts over")
@@ -95,6 +102,16 @@ def _run(config: PretrainConfig, folder: RunFolder, device: torch.device) -> Non
         bad_files.collect()
         write_run_encoders(folder.path)
         folder.finish()
+
+
+def _explained(config: PretrainConfig) -> list[str]:
+    """Every value of the recipe for this data on this machine, and why."""
+    device = distributed.choose_device(config.device)
+    resolved, reasons = resolve(
+        config, measure_facts(open_source(str(config.data)), device.type, config.encoder.in_chans)
+    )
+    check_config(resolved)
+    return explain_recipe(config, resolved, reasons)
 
 
 def _as_begun(config: PretrainConfig, folder: RunFolder) -> PretrainConfig:

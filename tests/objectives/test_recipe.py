@@ -96,3 +96,64 @@ def test_fp32_where_bf16_is_emulated():
     assert resolve(config, DataFacts(100, 64, 3, "cpu"))[0].precision == "bf16"
     resolved, reasons = resolve(config, DataFacts(100, 64, 3, "cpu", native_bf16=False))
     assert resolved.precision == "fp32" and "emulates" in reasons["precision"]
+
+
+# ---- distillation by budget ------------------------------------------------------------------------------------------
+
+SMALL, LARGE = {"steps": 1000, "batch_size": 64}, {"steps": 100_000, "batch_size": 256}
+FACTS = DataFacts(50_000, 64, 3, "cpu")
+
+
+def distillation(**keys):
+    resolved, reasons = resolve(PretrainConfig(data="x", **keys), FACTS)
+    dino = resolved.dino
+    return (dino.weight, dino.student_visible_ratio, dino.num_teacher_views, resolved.crops.num_local), reasons
+
+
+def test_on_a_small_budget_one_masked_student_pass_serves_both():
+    chosen, reasons = distillation(**SMALL, dino=DinoConfig(), mae=MaeConfig())
+    assert chosen == (0.1, 0.25, 1, 0)
+    assert "64,000 images seen, under 1,000,000" in reasons["dino.student_visible_ratio"]
+    assert distillation(**SMALL, dino=DinoConfig(), mae=MaeConfig(mask_ratio=0.6))[0][1] == 0.4
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {**LARGE, "dino": DinoConfig(), "mae": MaeConfig()},
+        {**SMALL, "dino": DinoConfig()},
+        {**LARGE, "dino": DinoConfig(), "ibot": IbotConfig(), "mae": MaeConfig()},
+    ],
+)
+def test_dino_keeps_its_published_form_otherwise(keys):
+    assert distillation(**keys)[0] == (1.0, 1.0, 2, 2)
+
+
+def test_ibots_masks_keep_the_patches():
+    assert distillation(**SMALL, dino=DinoConfig(), ibot=IbotConfig(), mae=MaeConfig())[0] == (0.1, 1.0, 2, 2)
+
+
+def test_what_was_given_of_the_distillation_stands():
+    dino = DinoConfig(weight=0.7, student_visible_ratio=0.5, num_teacher_views=2)
+    assert distillation(**SMALL, dino=dino, mae=MaeConfig())[0] == (0.7, 0.5, 2, 0)
+    dino = DinoConfig(student_visible_ratio=0.5)
+    assert distillation(**LARGE, dino=dino, mae=MaeConfig())[0] == (1.0, 0.5, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"dino": DinoConfig(student_visible_ratio=0.5), "ibot": IbotConfig()}, "set it to 1"),
+        ({"ibot": IbotConfig(shared_head=True)}, "switch on dino={}"),
+        ({"dino": DinoConfig(), "ibot": IbotConfig(shared_head=True, num_prototypes=7)}, "ibot.num_prototypes=7"),
+    ],
+)
+def test_distillations_that_exclude_one_another_are_refused(sections, words):
+    with pytest.raises(InputError) as caught:
+        resolve(PretrainConfig(data="x", **SMALL, **sections), FACTS)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_shared_head_has_dinos_prototypes():
+    sections = {"dino": DinoConfig(num_prototypes=77), "ibot": IbotConfig(shared_head=True)}
+    assert resolve(PretrainConfig(data="x", **sections), FACTS)[0].ibot.num_prototypes == 77
