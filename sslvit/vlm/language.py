@@ -105,6 +105,7 @@ def bundled_language(tokenizer: Any, config: LanguageConfig, seed: int) -> Langu
         rms_norm_eps=1e-6,
         tie_word_embeddings=False,
         attention_bias=False,
+        initializer_range=config.hidden_size**-0.5,  # unit gain at any width; Llama's 0.02 is that of width 2,500
         bos_token_id=None,
         eos_token_id=chat.end_id,
         pad_token_id=chat.pad_id,
