@@ -39,7 +39,7 @@ MOMENTS = [
 
 
 def start(out: Path) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
     with open(errors_of(out), "w") as errors:
         words = [sys.executable, "-c", SMALL, str(out)]
         return subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=errors)

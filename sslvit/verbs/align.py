@@ -27,6 +27,7 @@ from sslvit.exports.llava_folder import Writing, write_llava_folder
 from sslvit.metrics import MetricsLog
 from sslvit.run_folder import RunFolder, default_output_dir, write_atomically
 from sslvit.signals import StopFlag
+from sslvit.verbs.beside import CONTROL, control_beside, die_with, half_the_threads, runs_beside
 from sslvit.vlm.batches import PairImages
 from sslvit.vlm.chat import Chat
 from sslvit.vlm.connectors import MlpConnector
@@ -119,24 +120,37 @@ def _run(config: AlignConfig, folder: RunFolder, device: torch.device) -> None:
     resolved, reasons = resolve(config, len(pairs))
     folder.write_resolved(resolved, reasons)
     bad_files = BadFiles(folder.path / "bad_files.jsonl", max_bad_rate=config.max_bad_rate)
-    checkpoint = resolved.checkpoint
     with StopFlag() as stop:
-        runtime = Runtime(
-            device,
-            str(resolved.precision),
-            resolved.seed,
-            checkpoint.every,
-            checkpoint.keep,
-            stop,
-            MetricsLog(folder.path),
-        )
-        shop = Workshop(resolved, pairs, folder.path, runtime, bad_files)
-        seeing, chat = train_seeing(shop, encoder, folder.path)
+        shop = Workshop(resolved, pairs, folder.path, _runtime(resolved, device, stop, folder.path), bad_files)
+        train_text(shop, shop.images(encoder))
+        with control_beside(folder.path, runs_beside(resolved, device), stop):
+            seeing, chat = train_seeing(shop, encoder, folder.path)
         write_vlm(shop, encoder, seeing, chat, folder.path / "vlm")
         does_it_see(shop, encoder, seeing, chat, val, folder)
     if distributed.is_main():
         bad_files.collect()
         folder.finish()
+
+
+def _runtime(config: AlignConfig, device: torch.device, stop: StopFlag, path: Path) -> Runtime:
+    """Of a resolved config; metrics go to `path`."""
+    precision, checkpoint = str(config.precision), config.checkpoint
+    return Runtime(device, precision, config.seed, checkpoint.every, checkpoint.keep, stop, MetricsLog(path))
+
+
+def train_control(path: str, parent: int) -> None:
+    """In a process of its own: checkpoints of the random-encoder control of the run in `path`, which `parent` holds."""
+    die_with(parent)
+    run, control = Path(path), Path(path) / "controls" / CONTROL
+    config = load_config(AlignConfig, run / "config.yaml", {})
+    pairs, _ = _open_data(config)
+    encoder = load_encoder(str(config.encoder))
+    resolved, _ = resolve(config, len(pairs))
+    bad_files = BadFiles(control / "bad_files.jsonl", max_bad_rate=config.max_bad_rate)
+    with StopFlag() as stop:
+        runtime = _runtime(resolved, torch.device("cpu"), stop, control)
+        shop = Workshop(resolved, pairs, run, runtime, bad_files)
+        train_seeing(shop, random_like(encoder, config.seed + CONTROL_SEED), control)
 
 
 def _open_data(config: AlignConfig) -> tuple[Pairs, Pairs]:
@@ -213,11 +227,12 @@ def does_it_see(
     if "blind" in config.controls:
         blind, chat = train_blind(shop, encoder, path / "controls" / "blind")
         answers["blind"] = sit(blind, exam, chat, device)
-    if "random_encoder" in config.controls:
+    if CONTROL in config.controls:
         control = random_like(encoder, config.seed + CONTROL_SEED)
-        other, chat = train_seeing(shop, control, path / "controls" / "random_encoder")
-        write_vlm(shop, control, other, chat, path / "controls" / "random_encoder" / "vlm")
-        answers["random_encoder"] = sit(other, exam, chat, device)
+        with half_the_threads(runs_beside(config, device)):
+            other, chat = train_seeing(shop, control, path / "controls" / CONTROL)
+        write_vlm(shop, control, other, chat, path / "controls" / CONTROL / "vlm")
+        answers[CONTROL] = sit(other, exam, chat, device)
     record(exam, answers, config, folder)
 
 
