@@ -142,7 +142,7 @@ def init_xavier(encoder: nn.Module) -> None:
             nn.init.xavier_uniform_(linear.weight.flatten(1))
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
-    if getattr(encoder, "no_embed_class", False) and encoder.pos_embed is not None:
+    if isinstance(encoder, VisionTransformer) and encoder.no_embed_class and encoder.pos_embed is not None:
         encoder.pos_embed.copy_(sincos_positions(encoder.patch_embed.grid_size, encoder.embed_dim))
 
 
