@@ -8,7 +8,7 @@ INPUTS := setup.cfg pyproject.toml $(CONSTRAINTS)
 BENCH ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types test-all bench clean
+.PHONY: help setup demo test lint types test-all bench docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -49,5 +49,13 @@ types: $(VENV)/.installed-dev  ## mypy
 bench: $(VENV)/.installed-bench  ## the benchmarks, or one: make bench BENCH=linear_probe
 	$(BIN)/python -m benchmarks $(BENCH)
 
+$(VENV)/.installed-docs: $(BIN)/python $(INPUTS)
+	$(PIP) -e '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.installed-docs  ## the pages as a site, into site/
+	$(BIN)/mkdocs build --strict -q
+	@echo site/index.html
+
 clean:  ## remove what was built, not what was trained
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache
