@@ -23,11 +23,11 @@ from sslvit.verbs.evaluate import evaluate
 from sslvit.verbs.pretrain import pretrain
 from sslvit.verbs.report import report
 
-IMAGES = "scenes:?n=20000&size=48&clutter=0.3&objects=1-2"
-PAIRS = "scenes:?n=20000&size=48&clutter=0.3&objects=1-2&seed=1"
-QUESTIONS = "scenes:?n=1000&size=48&clutter=0.3&objects=1-2&split=val"
-SINGLE_TRAIN = "scenes:?n=4000&size=48&clutter=0.3&seed=2&objects=1"
-SINGLE_VAL = "scenes:?n=2000&size=48&clutter=0.3&seed=2&objects=1&split=val"
+IMAGES = "scenes:?n=20000&size=48&clutter=0.3&scale=1.2&objects=1-2"
+PAIRS = "scenes:?n=20000&size=48&clutter=0.3&scale=1.2&objects=1-2&seed=1"
+QUESTIONS = "scenes:?n=1000&size=48&clutter=0.3&scale=1.2&objects=1-2&split=val"
+SINGLE_TRAIN = "scenes:?n=4000&size=48&clutter=0.3&scale=1.2&seed=2&objects=1"
+SINGLE_VAL = "scenes:?n=2000&size=48&clutter=0.3&scale=1.2&seed=2&objects=1&split=val"
 ENCODER = "pretrain/scenes"
 MODEL = "align/scenes"
 FROZEN = {"encoder_lr": 0.0, "steps": 1000}
