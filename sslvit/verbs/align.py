@@ -123,7 +123,7 @@ def _run(config: AlignConfig, folder: RunFolder, device: torch.device) -> None:
     with StopFlag() as stop:
         shop = Workshop(resolved, pairs, folder.path, _runtime(resolved, device, stop, folder.path), bad_files)
         train_text(shop, shop.images(encoder))
-        with control_beside(folder.path, runs_beside(resolved, device), stop):
+        with control_beside(folder.path, folder.record / "config.yaml", runs_beside(resolved, device), stop):
             seeing, chat = train_seeing(shop, encoder, folder.path)
         write_vlm(shop, encoder, seeing, chat, folder.path / "vlm")
         does_it_see(shop, encoder, seeing, chat, val, folder)
@@ -138,11 +138,11 @@ def _runtime(config: AlignConfig, device: torch.device, stop: StopFlag, path: Pa
     return Runtime(device, precision, config.seed, checkpoint.every, checkpoint.keep, stop, MetricsLog(path))
 
 
-def train_control(path: str, parent: int) -> None:
+def train_control(path: str, config_file: str, parent: int) -> None:
     """In a process of its own: checkpoints of the random-encoder control of the run in `path`, which `parent` holds."""
     die_with(parent)
     run, control = Path(path), Path(path) / "controls" / CONTROL
-    config = load_config(AlignConfig, run / "config.yaml", {})
+    config = load_config(AlignConfig, config_file, {})
     pairs, _ = _open_data(config)
     encoder = load_encoder(str(config.encoder))
     resolved, _ = resolve(config, len(pairs))

@@ -25,7 +25,7 @@ from sslvit.signals import StopFlag
 
 CONTROL = "random_encoder"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-CHILD = "import sys; from sslvit.verbs.align import train_control; train_control(sys.argv[1], int(sys.argv[2]))"
+CHILD = "import sys; from sslvit.verbs.align import train_control; train_control(*sys.argv[1:3], int(sys.argv[3]))"
 GRACE = 60.0  # seconds a stopped child has to save
 
 
@@ -47,8 +47,11 @@ def half_the_threads(shared: bool) -> Iterator[None]:
 
 
 @contextmanager
-def control_beside(path: Path, shared: bool, stop: StopFlag) -> Iterator[None]:
-    """Train the control of the run in `path` while the body runs; at its end wait for it, after an error stop it."""
+def control_beside(path: Path, config_file: Path, shared: bool, stop: StopFlag) -> Iterator[None]:
+    """Train the control of the run in `path` while the body runs; at its end wait for it, after an error stop it.
+
+    config_file: the settings of the run, as its folder keeps them.
+    """
     if not shared:
         yield
         return
@@ -57,7 +60,7 @@ def control_beside(path: Path, shared: bool, stop: StopFlag) -> Iterator[None]:
     log = folder / "train.log"  # the child's own; what goes wrong stands in errors.log
     threads = torch.get_num_threads() // 2
     with open(folder / "errors.log", "w") as errors, half_the_threads(True):
-        words = [sys.executable, "-c", CHILD, str(path), str(os.getpid())]
+        words = [sys.executable, "-c", CHILD, str(path), str(config_file), str(os.getpid())]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         child = subprocess.Popen(
             words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, env=environment

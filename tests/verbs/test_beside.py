@@ -11,8 +11,10 @@ from tiny_vlm import settings
 
 from sslvit.checkpoint import checkpoint_path, checkpoint_steps
 from sslvit.config import AlignConfig
+from sslvit.run_folder import RunFolder
 from sslvit.verbs import beside
 from sslvit.verbs.align import align
+from sslvit.verbs.demo import DemoConfig
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes die with their parents on Linux alone")
 
@@ -40,6 +42,13 @@ def test_a_child_leaves_the_weights_that_align_itself_would(tmp_path, monkeypatc
     assert "stopped with code 3" in capsys.readouterr().out
     assert last_checkpoint(one) == last_checkpoint(other)
     assert torch.get_num_threads() == 2
+
+
+def test_a_child_knows_its_settings_as_a_guest_in_another_folder(tmp_path, capsys, two_threads):
+    with RunFolder.open(tmp_path, "demo", DemoConfig()):
+        align(output_dir=tmp_path, **settings(controls=["random_encoder"], steps=2))
+    told = capsys.readouterr().out
+    assert "trained beside it" in told and "warning: the control stopped" not in told
 
 
 def test_only_a_cpu_with_cores_to_share_trains_two_models_at_once(two_threads):
