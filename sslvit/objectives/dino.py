@@ -86,6 +86,26 @@ def cross_entropy(targets: Tensor, logits: Tensor, temperature: float) -> Tensor
     return (scaled.logsumexp(-1) - (targets * scaled).sum(-1)).mean()
 
 
+@torch.no_grad()
+def target_health(name: str, targets: Tensor, loss: Tensor, weights: Tensor | None = None) -> dict[str, Tensor]:
+    """What the teacher says, in shares of ln K: targets (B, K) with the weights (B,) they have in `loss`; None: 1/B.
+
+    NAME/target_entropy of one target (1: it says nothing), NAME/usage_entropy of the mean target (0: one prototype
+    for everything), NAME/kl from target to student. Entropy + KL is the loss; a KL of 0 is collapse (DINO, section 5.3).
+    """
+    log_k = math.log(targets.shape[-1])
+    if weights is None:
+        weights = targets.new_full(targets.shape[:1], 1 / max(1, targets.shape[0]))
+    total = weights.sum().clamp_min(1e-12)
+    entropy = (torch.special.entr(targets).sum(-1) * weights).sum() / total
+    mean = (targets * weights[:, None]).sum(0) / total
+    return {
+        f"{name}/target_entropy": entropy / log_k,
+        f"{name}/usage_entropy": torch.special.entr(mean).sum() / log_k,
+        f"{name}/kl": (loss.detach() / total - entropy) / log_k,
+    }
+
+
 class Centering(nn.Module):
     """Teacher targets from teacher logits: softmax around a moving centre, or Sinkhorn-Knopp.
 
@@ -208,17 +228,8 @@ class Dino(nn.Module):
             for p, logit in zip(student, logits, strict=True)
             if not (p.crop == "global" and p.index == view)
         ]
-        return torch.stack(losses).mean(), self._health(torch.cat(targets))
-
-    @torch.no_grad()
-    def _health(self, targets: Tensor) -> dict[str, Tensor]:
-        """Entropies as shares of ln K: of one target (1 = says nothing) and of the mean target (0 = one prototype)."""
-        log_k = math.log(targets.shape[-1])
-        mean = targets.mean(0)
-        return {
-            "dino/target_entropy": torch.special.entr(targets).sum(-1).mean() / log_k,
-            "dino/usage_entropy": torch.special.entr(mean).sum() / log_k,
-        }
+        loss = torch.stack(losses).mean()
+        return loss, target_health("dino", torch.cat(targets), loss)
 
     def before_update(self, step: int) -> None:
         """The prototypes stand still at the start (DINO, section 3.2: freeze_last_layer)."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sslvit.encoder.vit import Tokens
 from sslvit.objectives.config import IbotConfig
-from sslvit.objectives.dino import Centering, Dino, DinoHead, make_heads, warmed_up
+from sslvit.objectives.dino import Centering, Dino, DinoHead, make_heads, target_health, warmed_up
 from sslvit.objectives.passes import Draw, Masking, Pass
 
 NUM_ATTEMPTS = 10  # rectangles tried before a mask counts as full (BEiT)
@@ -118,7 +118,9 @@ class Ibot(nn.Module):
         logits = student_head(picked).float() / self.config.student_temperature
         losses = logits.logsumexp(-1) - (targets * logits).sum(-1)
         per_patch = (1 / masks.sum(-1, keepdim=True).clamp_min(1)).expand(masks.shape)[masks]
-        return (losses * per_patch).sum() / (masks.shape[0] * masks.shape[1]), {}
+        per_patch = per_patch / (masks.shape[0] * masks.shape[1])
+        loss = (losses * per_patch).sum()
+        return loss, target_health("ibot", targets, loss, per_patch)
 
     def before_update(self, step: int) -> None:
         """Nothing stands still."""

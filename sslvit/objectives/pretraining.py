@@ -23,6 +23,7 @@ from sslvit.objectives.ibot import Ibot
 from sslvit.objectives.koleo import Koleo
 from sslvit.objectives.mae import Mae
 from sslvit.objectives.passes import Draw, Objective, Pass, split
+from sslvit.objectives.token_health import token_health
 from sslvit.optim import ema_
 from sslvit.schedules import cosine
 
@@ -104,7 +105,7 @@ class Pretraining(nn.Module):
             loss, extra = objective.loss({p: tokens[p] for p in passes}, crops["global"], step)
             total = total + objective.config.weight * loss
             logs |= {f"{name}/loss": loss.detach(), **extra}
-        return total, logs
+        return total, {**logs, **token_health(tokens)}
 
     def _colour(self, views: Views) -> dict[str, Tensor]:
         """uint8 crops to normalised float crops: {"global": (G, B, C, H, W), "local": (L, B, C, h, w)}."""
