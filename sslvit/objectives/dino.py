@@ -91,7 +91,8 @@ def target_health(name: str, targets: Tensor, loss: Tensor, weights: Tensor | No
     """What the teacher says, in shares of ln K: targets (B, K) with the weights (B,) they have in `loss`; None: 1/B.
 
     NAME/target_entropy of one target (1: it says nothing), NAME/usage_entropy of the mean target (0: one prototype
-    for everything), NAME/kl from target to student. Entropy + KL is the loss; a KL of 0 is collapse (DINO, section 5.3).
+    for everything), NAME/kl from target to student. The loss is entropy + KL; a KL of 0 is collapse (DINO, section
+    5.3).
     """
     log_k = math.log(targets.shape[-1])
     if weights is None:
@@ -120,6 +121,7 @@ class Centering(nn.Module):
         self.method = method
         self.momentum = momentum
         self.register_buffer("center", torch.zeros(num_prototypes))
+        self.columns: Tensor | None = None  # of Sinkhorn over the micro-batches of this step (accumulation.py)
         self._sum: Tensor | None = None
         self._count = 0
 
@@ -127,6 +129,8 @@ class Centering(nn.Module):
     def targets(self, logits: Tensor, temperature: float) -> Tensor:
         """(B, K) cosines -> (B, K) probabilities, fp32."""
         logits = logits.float()
+        if self.columns is not None:
+            return torch.softmax(logits / temperature + self.columns, dim=-1)
         if self.method == "sinkhorn":
             return sinkhorn(logits, temperature)
         batch_sum = logits.sum(0)
@@ -146,7 +150,7 @@ class Centering(nn.Module):
 
     def discard(self) -> None:
         """Forget the sums of a step that was not applied."""
-        self._sum, self._count = None, 0
+        self._sum, self._count, self.columns = None, 0, None
 
 
 class Dino(nn.Module):
@@ -214,12 +218,15 @@ class Dino(nn.Module):
             config.teacher_temperature_warmup,
         )
 
+    def teacher_logits(self, passes: list[Pass], tokens: dict[Pass, Tokens]) -> Tensor:
+        """Cosines (G B, K) of the teacher's class tokens to the prototypes."""
+        return self.teacher_head(torch.cat([tokens[p].cls for p in passes if p.network == "teacher"]))
+
     def loss(self, tokens: dict[Pass, Tokens], images: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean cross-entropy over all (teacher view, other student view) pairs (DINO, equation 3)."""
         with torch.no_grad():
-            teacher = [self.teacher_head(t.cls) for p, t in tokens.items() if p.network == "teacher"]
-            stacked = torch.cat(teacher)
-            targets = self.centering.targets(stacked, self.temperature(step)).chunk(len(teacher))
+            logits = self.teacher_logits(list(tokens), tokens)
+            targets = self.centering.targets(logits, self.temperature(step)).chunk(len(self.teacher_views))
         student = [p for p in tokens if p.network == "student"]
         logits = self.student_head(torch.cat([tokens[p].cls for p in student])).chunk(len(student))
         losses = [
