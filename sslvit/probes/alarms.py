@@ -21,6 +21,7 @@ LOSES = 0.02  # of k-NN accuracy, below step 0
 FADED = 1e-6  # gradient norm
 SPIKE = 20.0  # gradient norm over its running mean
 LEFT_BEHIND = 0.2  # cosine of student and teacher
+COPY = 0.5  # momentum: half of the teacher is replaced in a step
 MEAN_PATCH = 0.98  # MAE's loss; 1 is what predicting the mean of each patch costs
 SKIPPED = 0.01  # share of all steps
 
@@ -62,7 +63,7 @@ class Alarms:
         for name in [key.partition(":")[2] for key in state if key.startswith(f"{kind}:")]:
             if name not in found:
                 count = state.pop(f"{kind}:{name}")
-                if count < 0:
+                if count < 0 and not any(_group(other) == _group(name) for other in found):
                     said[name] = f"over: no longer so at step {int(row['step'])}"
         for name, text in found.items():
             count = state.get(f"{kind}:{name}", 0)
@@ -111,8 +112,8 @@ class Alarms:
             }
         if usage - target < SAME:
             return {
-                f"{name}/same_targets": f"{title} has collapsed: the teacher's target is the same for every image "
-                f"(entropy {target:.1%} of ln K, of the mean target {usage:.1%}), so there is nothing to learn from. "
+                f"{name}/same_targets": f"{title} learns nothing about the images: the teacher's target is the same "
+                f"for all of them (entropy {target:.1%} of ln K, of the mean target {usage:.1%}). "
                 f"{self._remedy(name, section, 'same')}"
             }
         return {}
@@ -125,7 +126,7 @@ class Alarms:
             return f"Lower {name}.teacher_temperature ({temperature:g}; published .04 to .07)."
         if section.centering == "softmax" and section.center_momentum > 0.99:
             return f"Lower {name}.center_momentum ({section.center_momentum:g}; published .9): the centre stands still."
-        if momentum < 0.9:
+        if momentum < COPY:
             return f"Raise optim.momentum ({momentum:g}; published .996 at batch 512): the teacher copies the student."
         if form == "one":
             return f"Raise {name}.teacher_temperature ({temperature:g}) or use {name}.centering=sinkhorn."
@@ -148,7 +149,7 @@ class Alarms:
                 f"The teacher was left behind by the student (cosine {cosine:.2f}). Lower optim.momentum "
                 f"({self.config.optim.momentum:g}) or optim.lr ({self.config.optim.lr:g})."
             )
-        if row.get("momentum", 1.0) < 0.5:
+        if row.get("momentum", 1.0) < COPY:
             found["teacher/copy"] = (
                 f"The teacher is a copy of the student (momentum {row['momentum']:.2f}: half of it is replaced in "
                 "less than a step), which collapses. Raise optim.momentum (published .996 at batch 512)."
@@ -192,6 +193,11 @@ class Alarms:
                 f"({self.config.optim.lr:g}), or train longer than {self.steps} steps."
             )
         return found
+
+
+def _group(name: str) -> str:
+    """`dino` of `dino/uniform_targets`: one form of an ill may pass into another."""
+    return name.partition("/")[0]
 
 
 def _remember_gradient(row: Mapping[str, float], state: dict[str, float]) -> None:

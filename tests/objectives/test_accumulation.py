@@ -40,7 +40,12 @@ DINOV2 = {**BALANCED, "koleo": KoleoConfig()}
 def make(sections: dict, drop_path: float = 0.0) -> Pretraining:
     config = PretrainConfig(data="x", steps=STEPS, batch_size=BATCH, **sections)
     encoder = config.encoder
-    encoder.name, encoder.embed_dim, encoder.depth, encoder.num_heads = "vit_tiny_patch16_224", 24, 1 + (drop_path > 0), 2
+    encoder.name, encoder.embed_dim, encoder.depth, encoder.num_heads = (
+        "vit_tiny_patch16_224",
+        24,
+        1 + (drop_path > 0),
+        2,
+    )
     encoder.image_size, encoder.patch_size, encoder.drop_path_rate = SIDE, 4, drop_path
     encoder.init_values = 1.0
     config.crops.num_local, config.crops.local_size = 1, 8
