@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from sslvit import distributed
 from sslvit.config import PretrainConfig
 from sslvit.objectives.config import DinoConfig, IbotConfig
 
 UNIFORM, ONE_PROTOTYPE = 0.95, 0.05  # entropies of targets, as shares of ln K
+FEW = 4.0  # prototypes in use, exp of the mean target's entropy, where enough samples come together to use more
 SAME = 0.01  # entropy of the mean target less that of one target, as a share of ln K: what it says about the image
 NARROW_TOKENS = 0.02  # spread of class tokens, as a share of the widest
 LOW_RANK, NARROW = 1.5, 0.1  # RankMe; feature spread as a share of that at step 0
@@ -41,6 +43,8 @@ class Alarms:
         assert config.steps
         self.config = config
         self.steps = config.steps
+        together = distributed.world_size() * config.accumulate
+        self.samples = (config.batch_size or 1) * config.crops.num_global / together  # whose targets are averaged
         self.grace = max(GRACE_STEPS, min(int(GRACE_SHARE * config.steps), MOST_GRACE))
 
     def __call__(self, row: Mapping[str, float], state: dict[str, float]) -> dict[str, str]:
@@ -109,6 +113,12 @@ class Alarms:
                 f"{name}/one_prototype": f"{title} has collapsed: all images fall on one prototype "
                 f"(the mean target has {usage:.1%} of ln K) and its loss goes to 0. "
                 f"{self._remedy(name, section, 'one')}"
+            }
+        prototypes = math.exp(usage * log_k)
+        if prototypes < min(FEW, self.samples / 8):
+            return {
+                f"{name}/few_prototypes": f"{title} is collapsing: the targets use {prototypes:.1f} of "
+                f"{section.num_prototypes} prototypes. {self._remedy(name, section, 'one')}"
             }
         if usage - target < SAME:
             return {

@@ -14,6 +14,7 @@ from sslvit import training
 from sslvit.config import PretrainConfig
 from sslvit.data.loader import Views
 from sslvit.encoder.config import Preprocessing
+from sslvit.errors import Resumable
 from sslvit.metrics import MetricsLog
 from sslvit.objectives.accumulation import sinkhorn_columns
 from sslvit.objectives.config import DinoConfig, IbotConfig, KoleoConfig, MaeConfig
@@ -91,7 +92,7 @@ class Batches:
             yield views_of((self.cursor - self.size) % (2 * BATCH), self.size), self.cursor
 
 
-def learn(folder: Path, module: Pretraining, accumulate: int, steps: int = STEPS, prepare: bool = True) -> None:
+def learn(folder: Path, module: Pretraining, accumulate: int, steps: int = STEPS, stop: StopFlag | None = None) -> None:
     train(
         module,
         Batches(BATCH // accumulate),
@@ -104,8 +105,8 @@ def learn(folder: Path, module: Pretraining, accumulate: int, steps: int = STEPS
         folder=folder,
         checkpoint_every=99,
         metrics=MetricsLog(folder),
-        stop=StopFlag(),
-        prepare=module.prepare if prepare and module.needs_whole_batch else None,
+        stop=stop or StopFlag(),
+        prepare=module.prepare if module.needs_whole_batch else None,
     )
 
 
@@ -245,6 +246,26 @@ def test_columns_are_sinkhorns() -> None:
     centering.columns = sinkhorn_columns(lambda: logits.split([7, 0, 33]), 0.05)
     torch.testing.assert_close(centering.targets(logits, 0.05), sinkhorn(logits, 0.05), atol=1e-6, rtol=1e-5)
     assert not torch.allclose(sinkhorn(logits[:7], 0.05), sinkhorn(logits, 0.05)[:7], atol=1e-3)
+
+
+def test_stopped_after_any_step_it_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    whole = make(DINOV2, drop_path=0.3)
+    learn(tmp_path / "whole", whole, 4, steps=3)
+    for at in (0, 1):
+        cut, stop = make(DINOV2, drop_path=0.3), StopFlag()
+        after_step = cut.after_step
+
+        def stopping(step: int, stop=stop, at=at, after_step=after_step) -> None:
+            after_step(step)
+            stop.received = "SIGTERM" if step == at else stop.received
+
+        cut.after_step = stopping  # type: ignore[method-assign]
+        with pytest.raises(Resumable):
+            learn(tmp_path / f"{at}", cut, 4, steps=3, stop=stop)
+        again = make(DINOV2, drop_path=0.3)
+        learn(tmp_path / f"{at}", again, 4, steps=3)
+        for name, value in whole.state_dict().items():
+            assert torch.equal(again.state_dict()[name], value), (at, name)
 
 
 def test_a_bad_micro_batch_is_skipped_with_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

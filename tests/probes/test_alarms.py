@@ -63,6 +63,7 @@ def said(changes: dict[str, float], alarms: Alarms | None = None, start: int = 1
         ({"dino/target_entropy": 0.99, "dino/usage_entropy": 0.99}, "dino/uniform_targets", "stuck at ln K = 6.93"),
         ({"dino/target_entropy": 0.99, "dino/usage_entropy": 1.0}, "dino/uniform_targets", "has collapsed"),
         ({"dino/target_entropy": 0.01, "dino/usage_entropy": 0.02}, "dino/one_prototype", "all images fall on one"),
+        ({"ibot/target_entropy": 0.01, "ibot/usage_entropy": 0.12}, "ibot/few_prototypes", "2.3 of 1024 prototypes"),
         ({"dino/target_entropy": 0.6, "dino/usage_entropy": 0.602}, "dino/same_targets", "the same for all of them"),
         ({"ibot/target_entropy": 0.99, "ibot/usage_entropy": 0.99}, "ibot/uniform_targets", "iBOT has collapsed"),
         ({"health/token_spread": 0.001}, "tokens/same", "koleo"),
@@ -93,6 +94,11 @@ def test_at_the_start_of_a_run_nothing_is_said_of_its_lines():
     uniform = {"dino/target_entropy": 0.99, "dino/usage_entropy": 0.99}
     assert said(uniform, start=50) == {}
     assert said(uniform, start=100)
+
+
+def test_few_samples_cannot_use_many_prototypes():
+    few = {"dino/target_entropy": 0.01, "dino/usage_entropy": 0.12}
+    assert said(few) and not said(few, Alarms(config(batch_size=2)))
 
 
 def test_one_line_is_no_alarm_and_an_alarm_is_said_once_and_ended():
@@ -206,7 +212,7 @@ def alarms_of(folder: Path, keys: dict[str, Any]) -> list[str]:
     [
         ({"dino": HEAD | {"teacher_temperature": 1.0, "teacher_temperature_start": 1.0}}, "dino/uniform_targets"),
         ({"dino": HEAD | {"center_momentum": 1.0}}, "dino/one_prototype"),
-        ({"dino": HEAD, "optim": {"momentum": 0.0}}, "teacher/copy"),
+        ({"dino": HEAD, "optim": {"momentum": 0.0, "momentum_end": 0.0}}, "teacher/copy"),
         ({"dino": HEAD | {"centering": "sinkhorn", "teacher_temperature": 1.0}}, "dino/uniform_targets"),
     ],
     ids=["temperature", "centre", "momentum", "sinkhorn"],
