@@ -109,9 +109,7 @@ class Ibot(nn.Module):
         """Cosines (M, K) of the teacher's tokens where the student's patches are masked."""
         teacher = {p.index: p for p in passes if p.network == "teacher"}
         student = [p for p in passes if p.network == "student"]
-        return self.heads[1](
-            torch.cat([tokens[teacher[p.index]].patches[_present(p.masking.mask)] for p in student])
-        )
+        return self.heads[1](torch.cat([tokens[teacher[p.index]].patches[_present(p.masking.mask)] for p in student]))
 
     def loss(self, tokens: dict[Pass, Tokens], images: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy per image averaged over its masked patches, then over images (unmasked ones count 0)."""

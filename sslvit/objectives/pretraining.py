@@ -100,6 +100,7 @@ class Pretraining(nn.Module):
         tokens = prepared.tokens | self._run([p for p in _all(wanted) if p not in prepared.tokens], wanted, crops)
         total = torch.zeros((), device=crops["global"].device)
         logs: dict[str, Tensor] = {}
+        extra: dict[str, Tensor]
         for name, passes in wanted.items():
             objective = self._active[name]
             if isinstance(objective, Koleo) and prepared.koleo is not None:

@@ -48,20 +48,15 @@ def make(sections: dict, drop_path: float = 0.0) -> Pretraining:
         2,
     )
     encoder.image_size, encoder.patch_size, encoder.drop_path_rate = SIDE, 4, drop_path
-    encoder.init_values = 1.0
+    # features far apart: between near ties, rounding would choose KoLeo's neighbour
+    encoder.init_values, encoder.weight_init = 1.0, "xavier"
     config.crops.num_local, config.crops.local_size = 1, 8
     for section in (config.dino, config.ibot):
         if section is not None:
             section.num_prototypes, section.head_hidden_dim, section.head_bottleneck_dim = 32, 32, 16
     resolved, _ = resolve(config, DataFacts(1000, SIDE, 3, "cpu"))
     torch.manual_seed(0)
-    module = Pretraining(resolved, Preprocessing(SIDE)).train()
-    with torch.no_grad():  # features far apart: between near ties, rounding would choose KoLeo's neighbour
-        for encoder in (module.student, module.teacher):
-            for block in encoder.blocks:
-                block.attn.qkv.weight.mul_(10)
-                block.attn.proj.weight.mul_(10)
-    return module
+    return Pretraining(resolved, Preprocessing(SIDE)).train()
 
 
 @functools.cache
