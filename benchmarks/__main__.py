@@ -13,6 +13,7 @@ BENCHMARKS = {
     "linear_probe": ("linear probes of random encoders on the built-in scenes", "5 minutes", ["--quick"]),
     "knn_million": ("k-NN among a million features beside plain torch", "20 minutes", []),
     "knn": ("k-NN of random encoders on the built-in scenes", "2 minutes", ["--quick"]),
+    "no_collapse": ("36 runs with auto, and 12 broken on purpose that must raise the alarm", "10 hours", []),
 }
 
 

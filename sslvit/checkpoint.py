@@ -108,13 +108,14 @@ def save_checkpoint(
     keep: int,
     best: int | None = None,
     spare: Collection[int] = (),
+    milestone_every: int = 0,
     background: bool = True,
 ) -> Saving:
     """Writes `root/step_N` from `tensors` (file stem -> name -> tensor) and `meta` (JSON).
 
     Everything is copied before this returns, so training may go on. Afterwards the newest `keep` checkpoints, the
-    `best` step and those to `spare` stay. A disk error becomes Resumable: one line, the older checkpoints untouched,
-    nothing left behind.
+    `best` step, those to `spare` and every multiple of `milestone_every` (0: none; step 0 is none) stay. A disk error
+    becomes Resumable: one line, the older checkpoints untouched, nothing left behind.
     """
     assert keep >= 1, keep
     snapshot = {
@@ -129,7 +130,7 @@ def save_checkpoint(
             _write_checkpoint(path, snapshot, text)
             if best is not None:
                 mark_best(root, best)
-            _prune(root, step, keep, {*spare, best})
+            _prune(root, step, keep, {*spare, best}, milestone_every)
         except OSError as error:
             size = sum(tensor.nbytes for group in snapshot.values() for tensor in group.values()) + len(text)
             with contextlib.suppress(OSError):
@@ -314,9 +315,11 @@ def _write_checkpoint(path: Path, snapshot: Mapping[str, Mapping[str, Tensor]], 
     _fsync_directory(root)
 
 
-def _prune(root: Path, step: int, keep: int, spare: Collection[int | None]) -> None:
-    """Keeps the newest `keep` up to `step`, and `spare`; deletes nothing unless the new checkpoint verifies on disk."""
+def _prune(root: Path, step: int, keep: int, spare: Collection[int | None], milestone_every: int = 0) -> None:
+    """Keeps the newest `keep` up to `step`, `spare` and milestones; first the new checkpoint must verify on disk."""
     kept = {*[s for s in checkpoint_steps(root) if s <= step][-keep:], *spare}
+    if milestone_every:
+        kept |= {s for s in checkpoint_steps(root) if s and s % milestone_every == 0}
     doomed = [s for s in checkpoint_steps(root) if s not in kept]
     if not doomed:
         return

@@ -55,7 +55,8 @@ class CheckpointConfig:
     """When to save, in steps, and how many to keep. Never changes results."""
 
     every: int | None = None  # auto: ten times a run
-    keep: int = 2
+    keep: int = 2  # the newest, beside the best
+    milestone_every: int = 0  # steps; a checkpoint of every multiple is kept for good; 0: none
 
 
 @dataclass
@@ -510,6 +511,7 @@ def check_config(config: PretrainConfig | AlignConfig | EvaluateConfig | EmbedCo
     _check_ranges("", config)
     if isinstance(config, PretrainConfig | AlignConfig):
         _check_at_least("checkpoint.every", config.checkpoint.every, 1)
+        _check_at_least("checkpoint.milestone_every", config.checkpoint.milestone_every, 0)
     if isinstance(config, PretrainConfig):
         _check_pretrain(config)
     if isinstance(config, AlignConfig):

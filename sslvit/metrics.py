@@ -85,8 +85,11 @@ class MetricsLog:
         """Whether a line falls on this step."""
         return step % self.log_every == 0 or step == self.steps
 
-    def line(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes the averages since the last line beside `values`, which belong to this very step. Collective."""
+    def line(self, step: int, values: Mapping[str, float]) -> dict[str, Any]:
+        """Writes the averages since the last line beside `values`, which belong to this very step. Collective.
+
+        Returns the line; apart from the fields about time it is the same on every process.
+        """
         averages = self._take_averages()
         row = {
             "step": step,
@@ -100,6 +103,13 @@ class MetricsLog:
             self._write(row)
             self._board_add(step, row)
             self._show(step, row)
+        return row
+
+    def alarm(self, step: int, name: str, text: str) -> None:
+        """Writes and says that something is wrong: {"step", "alarm", "text"}."""
+        if self._main:
+            self._write({"step": step, **({"stage": self.stage} if self.stage else {}), "alarm": name, "text": text})
+            self.say(f"alarm at step {step}, {name}: {text}")
 
     def row(self, step: int, values: Mapping[str, float]) -> None:
         """Writes the result of an evaluation at this step."""

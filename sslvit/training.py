@@ -12,9 +12,9 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from sslvit.checkpoint import (
     save_checkpoint,
     verify_checkpoint,
 )
-from sslvit.errors import Resumable
+from sslvit.errors import InputError, Resumable
 from sslvit.metrics import MetricsLog
 from sslvit.optim import apply_schedule, clip_grad_norm_, step_unless
 from sslvit.signals import StopFlag
@@ -41,7 +41,9 @@ from sslvit.signals import StopFlag
 __all__ = ["Batches", "Progress", "Trainable", "step_seed", "train"]
 
 BAD_STEPS = 3  # non-finite steps in a row before the run is rolled back
-ROLLBACKS = 2  # roll-backs before it is stopped
+ROLLBACKS = 2  # the roll-back that is not made: it stops the run
+
+Watch = Callable[[Mapping[str, Any], dict[str, float]], Mapping[str, str]]
 
 
 class Trainable(Protocol):
@@ -70,7 +72,8 @@ class Progress:
     """Where a run stands, beside its tensors. `step` counts steps done, `cursor` samples consumed by all processes.
 
     A roll-back goes to `good_step`, the last save that was due; those made on a signal do not count, so that
-    interruptions cannot change what a roll-back does.
+    interruptions cannot change what a roll-back does. After one, `cursor` is ahead of step x batch for good: the bad
+    samples are not drawn again. `bad_steps` tells of the latest skipped steps; `watch` is what the watch remembers.
     """
 
     step: int = 0
@@ -81,6 +84,8 @@ class Progress:
     rollbacks: int = 0
     best_value: float | None = None
     best_step: int | None = None
+    bad_steps: list[str] = field(default_factory=list)
+    watch: dict[str, float] = field(default_factory=dict)
 
 
 def train(
@@ -97,6 +102,7 @@ def train(
     folder: Path,
     checkpoint_every: int,
     keep: int = 2,
+    milestone_every: int = 0,
     metrics: MetricsLog,
     stop: StopFlag,
     seed: int = 0,
@@ -104,34 +110,39 @@ def train(
     periodic: Callable[[int], dict[str, float]] | None = None,
     periodic_every: int = 0,
     best: str | None = None,
+    watch: Watch | None = None,
+    prepare: Callable[[list[Any], int], None] | None = None,
     stage: str = "",
 ) -> Progress:
     """Trains `module` (a Trainable) to `steps`, from `folder/checkpoints` if it holds a checkpoint.
 
     schedule(step) gives "lr" and "weight_decay", scaled by each group's lr_scale and wd_scale. `accumulate`
-    micro-batches make a step. precision: "fp32" or "bf16" (autocast). `meta` is stored in every checkpoint.
+    micro-batches make a step; where a loss needs all of them, prepare(micro-batches, step) sees them first, under the
+    same autocast. precision: "fp32" or "bf16" (autocast). `meta` is stored in every checkpoint; every
+    `milestone_every` steps (0: never) one is kept for good beside the newest `keep`.
     periodic(step) runs at step 0, every `periodic_every` steps and at the end, on all processes; its values are logged,
     and while `best` names one of them, the step where it was largest keeps its checkpoint (best.json).
+    watch(line, memory) answers to every line with alarms, {name: text}; its memory goes through checkpoints.
 
     A step whose loss or gradient is not finite is skipped on all processes alike; three in a row roll back to the last
-    good checkpoint while the data go on; at the second roll-back a RuntimeError stops the run. On a signal or a full
-    disk: Resumable.
+    good checkpoint while the data go on; instead of a second roll-back the run stops with a report and an InputError.
+    On a signal or a full disk: Resumable.
     """
     assert precision in ("fp32", "bf16") and checkpoint_every > 0, (precision, checkpoint_every)
     module.to(device).train()
-    saver = _Saver(Path(folder) / "checkpoints", module, optimizer, metrics, dict(meta or {}), keep)
+    saver = _Saver(Path(folder) / "checkpoints", module, optimizer, metrics, dict(meta or {}), keep, milestone_every)
     newest = saver.find()
     metrics.begin(steps, None if newest is None else _step_of(newest), stage, device)
     progress = Progress() if newest is None else saver.restore(newest)
     model = _parallel(module)
     batches.seek(progress.cursor)
-    stream = iter(batches)
+    stream = _Stream(iter(batches), device, progress)
     if 0 < progress.step < steps:
         metrics.say(f"going on from step {progress.step}")
     try:
         if newest is None:
             if periodic_every:
-                _evaluate(periodic, model, metrics, progress, best)
+                _evaluate(periodic, model, metrics, progress, best, watch)
             saver.save(progress)
         while progress.step < steps:
             saver.check(stop, progress)
@@ -139,14 +150,17 @@ def train(
             torch.manual_seed(step_seed(seed, step, distributed.rank()))
             apply_schedule(optimizer, values := schedule(step))
             optimizer.zero_grad(set_to_none=True)
-            logs, waited = [], 0.0
+            autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+            taken = [next(stream) for _ in range(accumulate)] if prepare and accumulate > 1 else []
+            if prepare and taken:
+                with autocast:
+                    prepare(taken, step)
+            logs = []
             for micro in range(accumulate):
-                began = time.monotonic()
-                batch, progress.cursor = next(stream)
-                waited += time.monotonic() - began
+                batch = taken[micro] if taken else next(stream)
                 with _no_sync(model, micro + 1 < accumulate):
-                    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                        loss, parts = model(batch.to(device), step)
+                    with autocast:
+                        loss, parts = model(batch, step)
                     (loss / accumulate).backward()
                 logs.append({"loss": loss.detach(), **parts})
             _check_all_used(module)
@@ -158,15 +172,17 @@ def train(
                 module.after_step(step)  # type: ignore[operator]
                 progress.bad_in_a_row = 0
                 metrics.add({**_mean(logs), "grad_norm": norm})
-            elif saver.skip(progress):
+            elif saver.skip(progress, cursor, _what_is_bad(module, logs)):
                 continue  # rolled back: what follows was done when that step was first reached
-            metrics.tick(progress.step, progress.cursor - cursor, waited)
+            metrics.tick(progress.step, progress.cursor - cursor, stream.waited())
             if metrics.due(progress.step):
-                metrics.line(progress.step, {**values, "skipped": progress.skipped})
+                line = metrics.line(progress.step, {**values, "skipped": progress.skipped})
+                _say_alarms(watch, metrics, progress, line)
             improved = False
             if periodic_every and (progress.step % periodic_every == 0 or progress.step == steps):
-                improved = _evaluate(periodic, model, metrics, progress, best)
-            due = progress.step % checkpoint_every == 0 and progress.bad_in_a_row == 0  # never amid bad steps
+                improved = _evaluate(periodic, model, metrics, progress, best, watch)
+            due = progress.step % checkpoint_every == 0 or saver.is_milestone(progress.step)
+            due = due and progress.bad_in_a_row == 0  # never amid bad steps
             if due or improved or progress.step == steps:
                 progress.good_step = progress.step
                 saver.save(progress)
@@ -196,9 +212,10 @@ class _Saver:
         metrics: MetricsLog,
         meta: dict[str, Any],
         keep: int,
+        milestone_every: int,
     ) -> None:
         self.root, self.module, self.optimizer, self.metrics = root, module, optimizer, metrics
-        self.meta, self.keep = meta, keep
+        self.meta, self.keep, self.milestone_every = meta, keep, milestone_every
         self.saving: Saving | None = None
         self.saved_step: int | None = None
 
@@ -241,7 +258,12 @@ class _Saver:
             keep=self.keep,
             best=progress.best_step,
             spare=[progress.good_step],
+            milestone_every=self.milestone_every,
         )
+
+    def is_milestone(self, step: int) -> bool:
+        """Whether the checkpoint of this step is kept for good."""
+        return self.milestone_every > 0 and step % self.milestone_every == 0
 
     def check(self, stop: StopFlag, progress: Progress) -> None:
         """Between steps: has anybody been asked to stop, or could the last checkpoint not be written?"""
@@ -259,28 +281,48 @@ class _Saver:
                 f"{checkpoint_path(self.root, progress.step)}; run the same command to go on"
             )
 
-    def skip(self, progress: Progress) -> bool:
-        """Counts a step that was not applied; the third in a row goes back to the last good checkpoint (True)."""
+    def skip(self, progress: Progress, first: int, what: str) -> bool:
+        """Counts a step that was not applied; the third in a row goes back to the last good checkpoint (True).
+
+        `first` is the step's first sample, `what` names what was not finite.
+        """
         progress.skipped += 1
         progress.bad_in_a_row += 1
-        self.metrics.say(f"step {progress.step}: loss or gradient not finite, step skipped")
+        told = f"step {progress.step}, samples {first} to {progress.cursor - 1}: {what}"
+        progress.bad_steps = [*progress.bad_steps, told][-BAD_STEPS * ROLLBACKS :]
+        self.metrics.say(f"{told} not finite, step skipped")
         if progress.bad_in_a_row < BAD_STEPS:
             return False
         target = self._last_good(progress.good_step)
         if progress.rollbacks + 1 >= ROLLBACKS:
-            raise RuntimeError(
-                f"loss or gradient not finite {BAD_STEPS} times in a row at step {progress.step} (samples up to "
-                f"{progress.cursor}), for the second time; the last good state is {target}: "
-                "lower optim.lr, use precision=fp32, or look at the data there"
-            )
-        skipped, rollbacks, cursor = progress.skipped, progress.rollbacks + 1, progress.cursor
-        vars(progress).update(asdict(self.restore(target)))
-        progress.skipped, progress.rollbacks, progress.cursor, progress.bad_in_a_row = skipped, rollbacks, cursor, 0
+            self._give_up(progress, target)
+        kept = {name: getattr(progress, name) for name in ("skipped", "cursor", "bad_steps")}
+        rollbacks = progress.rollbacks + 1
+        vars(progress).update(asdict(self.restore(target)) | kept | {"rollbacks": rollbacks, "bad_in_a_row": 0})
         self.metrics.rewind(progress.step)
         if distributed.is_main():
             drop_checkpoints_after(self.root, progress.step)
-        self.metrics.say(f"rolled back to step {progress.step}; the data go on at sample {cursor}")
+        self.metrics.say(f"rolled back to step {progress.step}; the data go on at sample {progress.cursor}")
         return True
+
+    def _give_up(self, progress: Progress, target: Path) -> NoReturn:
+        """The report of a run that did not become finite after a roll-back: in train.log, and in one line."""
+        run = self.root.parent
+        report = [
+            f"stopped at step {progress.step}: loss or gradient not finite {BAD_STEPS} times in a row, after "
+            f"{progress.rollbacks} roll-back; {progress.skipped} steps were skipped in all, the latest:",
+            *(f"  {told}" for told in progress.bad_steps),
+            f"no weight was touched by them; the last good state is {target}",
+            "the samples count in the order of the run; `sslvit check-data` looks at every image",
+            f"to go on: a new run with init={run}@{target.name} and a lower optim.lr, or precision=fp32",
+        ]
+        for line in report:
+            self.metrics.say(line)
+        raise InputError(
+            f"loss or gradient not finite {BAD_STEPS} times in a row at step {progress.step} (samples up to "
+            f"{progress.cursor}), for the second time; the last good state is {target}: start a new run with "
+            f"init={run}@{target.name} and a lower optim.lr or precision=fp32, or look at the data there (train.log)"
+        )
 
     def _last_good(self, good_step: int) -> Path:
         """The checkpoint of `good_step`, or should it be damaged the newest one that is not."""
@@ -347,10 +389,50 @@ def _not_finite(norm: Tensor, logs: list[dict[str, Any]]) -> Tensor:
     return distributed.all_reduce_max_((~torch.isfinite(values)).any().float())
 
 
+def _what_is_bad(module: nn.Module, logs: list[dict[str, Any]]) -> str:
+    """Names what was not finite in a step that was skipped, the same words on all processes."""
+    parts = {name: [entry[name] for entry in logs] for name in sorted(logs[0]) if name == "loss" or "/loss" in name}
+    gradients = {name: [value.grad] for name, value in module.named_parameters() if value.grad is not None}
+    named = {**parts, **gradients}
+    flags = [any(not bool(torch.isfinite(value).all()) for value in values) for values in named.values()]
+    everywhere = distributed.all_reduce_max_(torch.tensor(flags, dtype=torch.float32)).tolist()
+    bad = [name for name, flag in zip(named, everywhere, strict=True) if flag]
+    losses, weights = [name for name in bad if name in parts], [name for name in bad if name in gradients]
+    if losses:
+        return " and ".join(losses)
+    more = f" and {len(weights) - 1} others" if len(weights) > 1 else ""
+    return f"gradient of {weights[0]}{more}" if weights else "the gradient's norm"
+
+
 def _mean(logs: list[dict[str, Tensor | float]]) -> dict[str, Tensor | float]:
     if len(logs) == 1:
         return logs[0]
     return {name: sum(entry[name] for entry in logs) / len(logs) for name in logs[0]}
+
+
+class _Stream:
+    """Batches on the device; keeps the run's cursor, and counts the seconds spent waiting for data."""
+
+    def __init__(self, batches: Iterator[tuple[Any, int]], device: torch.device, progress: Progress) -> None:
+        self._batches, self._device, self._progress = batches, device, progress
+        self._waited = 0.0
+
+    def __next__(self) -> Any:
+        began = time.monotonic()
+        batch, self._progress.cursor = next(self._batches)
+        self._waited += time.monotonic() - began
+        return batch.to(self._device)
+
+    def waited(self) -> float:
+        """Seconds since this was last asked."""
+        waited, self._waited = self._waited, 0.0
+        return waited
+
+
+def _say_alarms(watch: Watch | None, metrics: MetricsLog, progress: Progress, line: Mapping[str, Any]) -> None:
+    if watch is not None:
+        for name, text in watch(line, progress.watch).items():
+            metrics.alarm(progress.step, name, text)
 
 
 def _evaluate(
@@ -359,6 +441,7 @@ def _evaluate(
     metrics: MetricsLog,
     progress: Progress,
     best: str | None,
+    watch: Watch | None,
 ) -> bool:
     """Runs the periodic evaluation; True if its value named `best` is the largest so far."""
     if periodic is None:
@@ -367,6 +450,7 @@ def _evaluate(
     model.train()
     if values:
         metrics.row(progress.step, values)
+        _say_alarms(watch, metrics, progress, {"step": progress.step, **values})
     if best is None or best not in values or not math.isfinite(values[best]):
         return False
     if progress.best_value is not None and values[best] <= progress.best_value:

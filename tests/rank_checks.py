@@ -21,9 +21,11 @@ from sslvit.checkpoint import checkpoint_path, checkpoint_steps
 from sslvit.data.sources import open_source
 from sslvit.encoder.config import Preprocessing
 from sslvit.encoder.weights import load_encoder
-from sslvit.errors import Resumable
+from sslvit.errors import InputError, Resumable
 from sslvit.metrics import MetricsLog
+from sslvit.objectives.accumulation import sinkhorn_columns
 from sslvit.objectives.dino import Centering, sinkhorn
+from sslvit.objectives.koleo import koleo_loss
 from sslvit.probes.monitor import KnnMonitor
 from sslvit.signals import StopFlag
 
@@ -118,7 +120,7 @@ def bad_on_one_rank(folder: Path) -> None:
     module = OnOneRank(bad=frozenset({5, 6, 7}))
     try:
         run(folder / "many", module=module, size=4)
-    except RuntimeError as error:
+    except InputError as error:
         assert "the last good state is" in str(error), error
     else:
         raise AssertionError("steps 5, 6 and 7 stay bad after the roll-back, so the second one stops")
@@ -134,11 +136,12 @@ class Alone(OnOneRank):
 
 
 def without_agreement_they_go_apart(folder: Path) -> None:
-    agreed = training._not_finite
+    agreed, named = training._not_finite, training._what_is_bad
+    training._what_is_bad = lambda module, logs: "loss"
     training._not_finite = lambda norm, logs: (~torch.isfinite(logs[0]["loss"])).float()
     module = Alone(bad=frozenset({5}))
     run(folder, module=module, size=4)
-    training._not_finite = agreed
+    training._not_finite, training._what_is_bad = agreed, named
     try:
         state_sum(module)
     except AssertionError:
@@ -208,6 +211,33 @@ def no_masked_patch_on_one_rank(folder: Path) -> None:
         assert torch.allclose(centering.center, expected)
 
 
+def koleo_over_ranks(folder: Path) -> None:
+    """Value and averaged gradient are those of one process with all features."""
+    features = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
+    rank, world = distributed.rank(), distributed.world_size()
+    mine = features.chunk(world)[rank].clone().requires_grad_()
+    value = koleo_loss(mine)
+    value.backward()
+    found = distributed.all_gather_cat(mine.grad) / world  # DDP's average of one rank's gradient and others' zeros
+    everyone = features.clone().requires_grad_()
+    unit = torch.nn.functional.normalize(everyone, dim=-1)
+    nearest = torch.cdist(unit.detach(), unit.detach()).fill_diagonal_(9).argmin(1)
+    expected = -(unit - unit[nearest]).norm(dim=-1).log().mean()
+    expected.backward()
+    assert torch.allclose(value, expected, atol=1e-6), (value, expected)
+    assert torch.allclose(found, everyone.grad, atol=1e-6)
+
+
+def columns_over_ranks(folder: Path) -> None:
+    """Sinkhorn's scaling over two micro-batches a rank is Sinkhorn over all of them."""
+    logits = torch.rand(12, 4, generator=torch.Generator().manual_seed(0))
+    parts = logits.chunk(2 * distributed.world_size())[2 * distributed.rank() :][:2]
+    centering = Centering(4, "sinkhorn", 0.9)
+    centering.columns = sinkhorn_columns(lambda: parts, 0.1)
+    targets = centering.targets(torch.cat(parts), 0.1)
+    assert torch.allclose(targets, sinkhorn(torch.cat(parts), 0.1), atol=1e-6)
+
+
 def monitor(folder: Path) -> dict[str, float]:
     """Each process decodes its share; the main one has the numbers of all."""
     sets = [open_source(f"scenes:?n=25&size=32&objects=1&label=shape&split={split}") for split in ("train", "val")]
@@ -233,6 +263,8 @@ CHECKS = (
     full_disk,
     full_disk_noticed_late,
     no_masked_patch_on_one_rank,
+    koleo_over_ranks,
+    columns_over_ranks,
     monitor,
 )
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -60,6 +61,10 @@ def test_the_run_folder_holds_what_is_promised(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 6
     assert {"loss", "dino/loss", "mae/loss", "lr", "grad_norm", "images_per_s", "data_wait"} <= set(lines[-1])
+    health = {"dino/target_entropy", "dino/usage_entropy", "dino/kl", "momentum", "skipped"}
+    assert health | {"health/token_spread", "health/teacher_student_cosine"} <= set(lines[-1])
+    shares = [lines[-1][f"dino/{name}"] for name in ("target_entropy", "kl")]
+    assert sum(shares) * math.log(16) == pytest.approx(lines[-1]["dino/loss"], rel=1e-4), "entropy + KL is the loss"
     assert "Adam" not in (run / "resolved.yaml").read_text()
 
 

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from toy_run import Stream, Toy, digest, lines, run
 
 from sslvit import checkpoint, metrics, optim, training
 from sslvit.checkpoint import checkpoint_path, checkpoint_steps, latest_checkpoint, load_checkpoint
-from sslvit.errors import Resumable
+from sslvit.errors import InputError, Resumable
 from sslvit.metrics import MetricsLog
 from sslvit.signals import StopFlag
 from sslvit.training import step_seed
@@ -180,6 +181,23 @@ def lose_bad_steps(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(training._Saver, "restore", forget)
 
 
+def lose_memory(patch: pytest.MonkeyPatch) -> None:
+    restore = training._Saver.restore
+
+    def forget(self: Any, path: Path) -> training.Progress:
+        progress = restore(self, path)
+        progress.watch = {}
+        return progress
+
+    patch.setattr(training._Saver, "restore", forget)
+
+
+def every_second_line(row: Any, memory: dict[str, float]) -> dict[str, str]:
+    """A watch that must remember: it raises an alarm at every second line."""
+    memory["lines"] = memory.get("lines", 0) + 1
+    return {"second": f"line {memory['lines']}"} if memory["lines"] % 2 == 0 else {}
+
+
 def lose_averages(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(MetricsLog, "load_state", lambda self, state: None)
 
@@ -206,6 +224,7 @@ BREAKAGES = {
     "teacher": lambda patch: lose_entries(patch, "teacher"),
     "seed": lose_seed,
     "bad steps": lose_bad_steps,
+    "memory of alarms": lose_memory,
     "averages": lose_averages,
     "lines": keep_lines,
     "step": save_late,
@@ -218,15 +237,17 @@ def test_whatever_is_not_restored_is_noticed(
 ) -> None:
     """Bad samples make steps 8, 9 and 10 bad; the run is cut after step 9, and once more without a save."""
     poison = frozenset({33, 37, 41})
-    run(tmp_path / "whole", stream=Stream(4, poison))
+    options: dict[str, Any] = {"watch": every_second_line}
+    run(tmp_path / "whole", stream=Stream(4, poison), **options)
+    assert [row["step"] for row in lines(tmp_path / "whole") if "alarm" in row] == [6, 12]
     if breakage is not None:
         BREAKAGES[breakage](monkeypatch)
     folder, stop = tmp_path / "cut", StopFlag()
     with pytest.raises(Resumable):
-        run(folder, module=Interrupted(9, stop), stream=Stream(4, poison), stop=stop)
+        run(folder, module=Interrupted(9, stop), stream=Stream(4, poison), stop=stop, **options)
     with pytest.raises(Crash):
-        run(folder, module=Interrupted(11), stream=Stream(4, poison))
-    run(folder, stream=Stream(4, poison))
+        run(folder, module=Interrupted(11), stream=Stream(4, poison), **options)
+    run(folder, stream=Stream(4, poison), **options)
     assert (digest(folder) == digest(tmp_path / "whole")) == (breakage is None)
 
 
@@ -284,7 +305,8 @@ def test_a_step_that_is_not_finite_is_left_out(tmp_path: Path, kind: str) -> Non
     assert checkpoint_steps(tmp_path / "checkpoints") == [s for s in range(STEPS + 1) if s != 6]  # not amid bad steps
     assert all(torch.isfinite(torch.tensor(row["loss"])) for row in lines(tmp_path))
     assert [row["skipped"] for row in lines(tmp_path)] == [0, 1, 1, 1]
-    assert "step 6: loss or gradient not finite, step skipped" in (tmp_path / "train.log").read_text()
+    what = "gradient of student.0.weight" if kind == "gradient" else "loss"
+    assert f"step 6, samples 20 to 23: {what} not finite, step skipped" in (tmp_path / "train.log").read_text()
 
 
 def test_without_the_guard_it_reaches_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,14 +357,84 @@ def test_a_rolled_back_run_resumes_exactly(tmp_path: Path, kind: str) -> None:
 
 def test_the_second_roll_back_stops_with_a_report(tmp_path: Path) -> None:
     module = Faulty("loss", set(range(6, 99)))
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises(InputError) as caught:
         run(tmp_path, module=module)
     text = str(caught.value)
     assert "\n" not in text
     assert "3 times in a row at step 9 (samples up to 56), for the second time" in text
     assert f"the last good state is {checkpoint_path(tmp_path / 'checkpoints', 4)}" in text
-    assert "lower optim.lr" in text
+    assert "lower optim.lr" in text and f"init={tmp_path}@step_0000004" in text
     assert_checkpoints_finite(tmp_path)
+    report = (tmp_path / "train.log").read_text()
+    assert "stopped at step 9: loss or gradient not finite 3 times in a row, after 1 roll-back; 6 steps" in report
+    told = [line for line in report.splitlines() if line.startswith("  step ")]
+    assert [line.split(":")[0] for line in told] == [
+        *(f"  step {step}, samples {4 * step - 4} to {4 * step - 1}" for step in (7, 8, 9)),
+        *(f"  step {step}, samples {4 * step + 16} to {4 * step + 19}" for step in (7, 8, 9)),
+    ], "after the roll-back to step 4 the data went on at sample 36"
+
+
+def test_bad_samples_drawn_again_would_stop_the_run(tmp_path: Path) -> None:
+    """What the cursor is for: with the data rewound too, the same three steps are bad again."""
+    poison = frozenset({29, 33, 37})
+    assert run(tmp_path / "on", stream=Stream(4, poison)).rollbacks == 1
+
+    class Rewinding(Stream):
+        def __iter__(self) -> Any:
+            for batch, cursor in super().__iter__():
+                if cursor == 44:  # the first batch after the roll-back
+                    self.cursor = 16
+                    batch, cursor = next(super().__iter__())
+                yield batch, cursor
+
+    with pytest.raises(InputError, match="for the second time"):
+        run(tmp_path / "again", stream=Rewinding(4, poison))
+
+
+def test_milestones_are_kept_for_good(tmp_path: Path) -> None:
+    run(tmp_path, steps=30, checkpoint_every=4, keep=1, milestone_every=10)
+    assert checkpoint_steps(tmp_path / "checkpoints") == [10, 20, 30]
+    assert all(checkpoint.verify_checkpoint(checkpoint_path(tmp_path / "checkpoints", s)) is None for s in (10, 20))
+    run(tmp_path / "none", steps=30, checkpoint_every=10, keep=1)
+    assert checkpoint_steps(tmp_path / "none/checkpoints") == [30]
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_steps_go_on_while_a_checkpoint_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: bool
+) -> None:
+    """The save of step 4 ends only when step 7 is done; written in the foreground, it would wait in vain."""
+    module, went_on = Toy(), threading.Event()
+    after_step, write, save = module.after_step, checkpoint._write_checkpoint, training.save_checkpoint
+
+    def stepped(step: int) -> None:
+        after_step(step)
+        if step == 6:
+            went_on.set()
+
+    def slow(path: Path, *rest: Any) -> None:
+        if path.name == "step_0000004":
+            waited.append(went_on.wait(timeout=2.0 if background else 0.05))
+        write(path, *rest)
+
+    waited: list[bool] = []
+    module.after_step = stepped  # type: ignore[method-assign]
+    monkeypatch.setattr(checkpoint, "_write_checkpoint", slow)
+    monkeypatch.setattr(training, "save_checkpoint", lambda *a, **k: save(*a, **k, background=background))
+    run(tmp_path / "slow", module=module)
+    assert waited == [background]
+    monkeypatch.setattr(checkpoint, "_write_checkpoint", write)
+    run(tmp_path / "quick")
+    assert digest(tmp_path / "slow") == digest(tmp_path / "quick"), "what was saved is the state of step 4"
+
+
+def test_micro_batches_are_prepared_together_where_a_loss_needs_it(tmp_path: Path) -> None:
+    seen: list[tuple[int, list[int]]] = []
+    run(tmp_path, size=2, accumulate=3, prepare=lambda batches, step: seen.append((step, [len(b) for b in batches])))
+    assert seen == [(step, [2, 2, 2]) for step in range(STEPS)]
+    seen.clear()
+    run(tmp_path / "one", prepare=lambda batches, step: seen.append((step, [])))
+    assert seen == [], "one micro-batch is the whole batch"
 
 
 def refuse(*args: object) -> int:

@@ -86,6 +86,27 @@ def cross_entropy(targets: Tensor, logits: Tensor, temperature: float) -> Tensor
     return (scaled.logsumexp(-1) - (targets * scaled).sum(-1)).mean()
 
 
+@torch.no_grad()
+def target_health(name: str, targets: Tensor, loss: Tensor, weights: Tensor | None = None) -> dict[str, Tensor]:
+    """What the teacher says, in shares of ln K: targets (B, K) with the weights (B,) they have in `loss`; None: 1/B.
+
+    NAME/target_entropy of one target (1: it says nothing), NAME/usage_entropy of the mean target (0: one prototype
+    for everything), NAME/kl from target to student. The loss is entropy + KL; a KL of 0 is collapse (DINO, section
+    5.3).
+    """
+    log_k = math.log(targets.shape[-1])
+    if weights is None:
+        weights = targets.new_full(targets.shape[:1], 1 / max(1, targets.shape[0]))
+    total = weights.sum().clamp_min(1e-12)
+    entropy = (torch.special.entr(targets).sum(-1) * weights).sum() / total
+    mean = (targets * weights[:, None]).sum(0) / total
+    return {
+        f"{name}/target_entropy": entropy / log_k,
+        f"{name}/usage_entropy": torch.special.entr(mean).sum() / log_k,
+        f"{name}/kl": (loss.detach() / total - entropy) / log_k,
+    }
+
+
 class Centering(nn.Module):
     """Teacher targets from teacher logits: softmax around a moving centre, or Sinkhorn-Knopp.
 
@@ -100,6 +121,7 @@ class Centering(nn.Module):
         self.method = method
         self.momentum = momentum
         self.register_buffer("center", torch.zeros(num_prototypes))
+        self.columns: Tensor | None = None  # of Sinkhorn over the micro-batches of this step (accumulation.py)
         self._sum: Tensor | None = None
         self._count = 0
 
@@ -107,6 +129,8 @@ class Centering(nn.Module):
     def targets(self, logits: Tensor, temperature: float) -> Tensor:
         """(B, K) cosines -> (B, K) probabilities, fp32."""
         logits = logits.float()
+        if self.columns is not None:
+            return torch.softmax(logits / temperature + self.columns, dim=-1)
         if self.method == "sinkhorn":
             return sinkhorn(logits, temperature)
         batch_sum = logits.sum(0)
@@ -126,7 +150,7 @@ class Centering(nn.Module):
 
     def discard(self) -> None:
         """Forget the sums of a step that was not applied."""
-        self._sum, self._count = None, 0
+        self._sum, self._count, self.columns = None, 0, None
 
 
 class Dino(nn.Module):
@@ -194,12 +218,15 @@ class Dino(nn.Module):
             config.teacher_temperature_warmup,
         )
 
+    def teacher_logits(self, passes: list[Pass], tokens: dict[Pass, Tokens]) -> Tensor:
+        """Cosines (G B, K) of the teacher's class tokens to the prototypes."""
+        return self.teacher_head(torch.cat([tokens[p].cls for p in passes if p.network == "teacher"]))
+
     def loss(self, tokens: dict[Pass, Tokens], images: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean cross-entropy over all (teacher view, other student view) pairs (DINO, equation 3)."""
         with torch.no_grad():
-            teacher = [self.teacher_head(t.cls) for p, t in tokens.items() if p.network == "teacher"]
-            stacked = torch.cat(teacher)
-            targets = self.centering.targets(stacked, self.temperature(step)).chunk(len(teacher))
+            logits = self.teacher_logits(list(tokens), tokens)
+            targets = self.centering.targets(logits, self.temperature(step)).chunk(len(self.teacher_views))
         student = [p for p in tokens if p.network == "student"]
         logits = self.student_head(torch.cat([tokens[p].cls for p in student])).chunk(len(student))
         losses = [
@@ -208,17 +235,8 @@ class Dino(nn.Module):
             for p, logit in zip(student, logits, strict=True)
             if not (p.crop == "global" and p.index == view)
         ]
-        return torch.stack(losses).mean(), self._health(torch.cat(targets))
-
-    @torch.no_grad()
-    def _health(self, targets: Tensor) -> dict[str, Tensor]:
-        """Entropies as shares of ln K: of one target (1 = says nothing) and of the mean target (0 = one prototype)."""
-        log_k = math.log(targets.shape[-1])
-        mean = targets.mean(0)
-        return {
-            "dino/target_entropy": torch.special.entr(targets).sum(-1).mean() / log_k,
-            "dino/usage_entropy": torch.special.entr(mean).sum() / log_k,
-        }
+        loss = torch.stack(losses).mean()
+        return loss, target_health("dino", torch.cat(targets), loss)
 
     def before_update(self, step: int) -> None:
         """The prototypes stand still at the start (DINO, section 3.2: freeze_last_layer)."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sslvit.encoder.vit import Tokens
 from sslvit.objectives.config import IbotConfig
-from sslvit.objectives.dino import Centering, Dino, DinoHead, make_heads, warmed_up
+from sslvit.objectives.dino import Centering, Dino, DinoHead, make_heads, target_health, warmed_up
 from sslvit.objectives.passes import Draw, Masking, Pass
 
 NUM_ATTEMPTS = 10  # rectangles tried before a mask counts as full (BEiT)
@@ -105,20 +105,25 @@ class Ibot(nn.Module):
         start, end = config.teacher_temperature_start, config.teacher_temperature
         return warmed_up(step, self.steps, start, end, config.teacher_temperature_warmup)
 
+    def teacher_logits(self, passes: list[Pass], tokens: dict[Pass, Tokens]) -> Tensor:
+        """Cosines (M, K) of the teacher's tokens where the student's patches are masked."""
+        teacher = {p.index: p for p in passes if p.network == "teacher"}
+        student = [p for p in passes if p.network == "student"]
+        return self.heads[1](torch.cat([tokens[teacher[p.index]].patches[_present(p.masking.mask)] for p in student]))
+
     def loss(self, tokens: dict[Pass, Tokens], images: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy per image averaged over its masked patches, then over images (unmasked ones count 0)."""
         student = [p for p in tokens if p.network == "student"]
-        teacher = {p.index: p for p in tokens if p.network == "teacher"}
         masks = torch.stack([_present(p.masking.mask) for p in student])  # (G, B, N)
         picked = torch.cat([tokens[p].patches[mask] for p, mask in zip(student, masks, strict=True)])
-        student_head, teacher_head = self.heads
         with torch.no_grad():
-            seen = [tokens[teacher[p.index]].patches[mask] for p, mask in zip(student, masks, strict=True)]
-            targets = self.centering.targets(teacher_head(torch.cat(seen)), self.temperature(step))
-        logits = student_head(picked).float() / self.config.student_temperature
+            targets = self.centering.targets(self.teacher_logits(list(tokens), tokens), self.temperature(step))
+        logits = self.heads[0](picked).float() / self.config.student_temperature
         losses = logits.logsumexp(-1) - (targets * logits).sum(-1)
         per_patch = (1 / masks.sum(-1, keepdim=True).clamp_min(1)).expand(masks.shape)[masks]
-        return (losses * per_patch).sum() / (masks.shape[0] * masks.shape[1]), {}
+        per_patch = per_patch / (masks.shape[0] * masks.shape[1])
+        loss = (losses * per_patch).sum()
+        return loss, target_health("ibot", targets, loss, per_patch)
 
     def before_update(self, step: int) -> None:
         """Nothing stands still."""

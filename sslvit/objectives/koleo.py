@@ -17,17 +17,19 @@ from sslvit.objectives.passes import Draw, Pass
 
 
 def koleo_loss(features: Tensor, eps: float = 1e-8) -> Tensor:
-    """-mean_i log min_{j != i} |x_i - x_j| over L2-normalised features of all ranks: (B, D) -> scalar, fp32."""
+    """-mean_i log min_{j != i} |x_i - x_j| over L2-normalised features of all ranks: (B, D) -> scalar, fp32.
+
+    Every rank has the same value. As a neighbour of other ranks' features, a feature has a gradient from them too; the
+    gradient is scaled by the number of ranks, because it is averaged over them.
+    """
     local = F.normalize(features.float(), dim=-1, eps=1e-6)
-    first = distributed.rank() * local.shape[0]
-    everyone = distributed.all_gather_cat(local.detach())
-    if distributed.world_size() == 1:
-        everyone = local
-    similarity = (local @ everyone.T).detach()
-    own = torch.arange(local.shape[0], device=local.device)
-    similarity[own, own + first] = -2.0
-    distance = (local - everyone[similarity.argmax(1)]).square().sum(-1).add(eps**2).sqrt()
-    return -(distance + eps).log().mean()
+    parts = list(distributed.all_gather_cat(local.detach()).split(local.shape[0]))
+    parts[distributed.rank()] = local
+    everyone = torch.cat(parts)
+    similarity = (everyone @ everyone.T).detach().fill_diagonal_(-2.0)
+    distance = (everyone - everyone[similarity.argmax(1)]).square().sum(-1).add(eps**2).sqrt()
+    loss = -(distance + eps).log().mean()
+    return loss.detach() + distributed.world_size() * (loss - loss.detach())
 
 
 class Koleo(nn.Module):

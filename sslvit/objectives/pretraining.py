@@ -7,6 +7,9 @@ and sums weight x loss (design: objectives are sections, and share passes).
 from __future__ import annotations
 
 import copy
+from collections import deque
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -18,11 +21,13 @@ from sslvit.data.loader import Views
 from sslvit.data.photometry import apply
 from sslvit.encoder.config import Preprocessing
 from sslvit.encoder.vit import TokenInput, Tokens, create_encoder, forward_packed
+from sslvit.objectives.accumulation import Prepared, cache_koleo, sinkhorn_columns
 from sslvit.objectives.dino import Dino
 from sslvit.objectives.ibot import Ibot
 from sslvit.objectives.koleo import Koleo
 from sslvit.objectives.mae import Mae
 from sslvit.objectives.passes import Draw, Objective, Pass, split
+from sslvit.objectives.token_health import token_health
 from sslvit.optim import ema_
 from sslvit.schedules import cosine
 
@@ -44,6 +49,7 @@ class Pretraining(nn.Module):
         if "dino" in self.objectives or "ibot" in self.objectives:
             self.teacher = _frozen_copy(self.student)
         self._running_step = -1
+        self._prepared: deque[Prepared] = deque()  # of the micro-batches of this step that are still to come
         if "ibot" in self.objectives:
             self.mask_token = nn.Parameter(torch.zeros(1, 1, self.student.embed_dim))
 
@@ -88,23 +94,75 @@ class Pretraining(nn.Module):
         if step != self._running_step:  # what a skipped step summed up is not part of this one
             self.discard()
             self._running_step = step
+        prepared = self._prepared.popleft() if self._prepared else Prepared()
         crops = self._colour(views)
-        num_patches = self.student.patch_embed.num_patches
-        draw = Draw(self.config.seed, step, views.sample_ids, crops["global"].device)
-        wanted = {name: objective.passes(draw, num_patches) for name, objective in self._active.items()}
-        distinct = list(dict.fromkeys(p for passes in wanted.values() for p in passes))
-        if "koleo" in wanted:
-            wanted["koleo"] = [p for p in distinct if p.network == "student" and p.crop == "global"]
-        patches_read = {p for name in ("ibot", "mae") for p in wanted.get(name, [])}
-        tokens = self._run(distinct, patches_read, crops)
-        total = torch.zeros((), device=draw.device)
+        wanted = self._wanted(views, step, crops["global"].device)
+        tokens = prepared.tokens | self._run([p for p in _all(wanted) if p not in prepared.tokens], wanted, crops)
+        total = torch.zeros((), device=crops["global"].device)
         logs: dict[str, Tensor] = {}
+        extra: dict[str, Tensor]
         for name, passes in wanted.items():
             objective = self._active[name]
-            loss, extra = objective.loss({p: tokens[p] for p in passes}, crops["global"], step)
+            if isinstance(objective, Koleo) and prepared.koleo is not None:
+                loss, extra = prepared.koleo.loss(tokens), {}
+            else:
+                loss, extra = objective.loss({p: tokens[p] for p in passes}, crops["global"], step)
             total = total + objective.config.weight * loss
             logs |= {f"{name}/loss": loss.detach(), **extra}
-        return total, logs
+        return total, {**logs, **token_health(tokens)}
+
+    @property
+    def needs_whole_batch(self) -> bool:
+        """Whether micro-batches must be shown to `prepare` before the first of them is learned from."""
+        return "koleo" in self.objectives or bool(self._balanced)
+
+    @property
+    def _balanced(self) -> dict[str, Dino | Ibot]:
+        """The objectives whose targets Sinkhorn balances over the batch."""
+        distilled = {name: one for name, one in self._active.items() if isinstance(one, Dino | Ibot)}
+        return {name: one for name, one in distilled.items() if one.centering.method == "sinkhorn"}
+
+    @torch.no_grad()
+    def prepare(self, batches: Sequence[Views], step: int) -> None:
+        """All micro-batches of a step, before `forward` gets them one by one in the same order (accumulation.py)."""
+        self.discard()
+        self._running_step = step
+        device = self.student.patch_embed.proj.weight.device
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices):  # `forward` draws the same paths again
+            seen = [self._look(views, step) for views in batches]
+        for name, objective in self._balanced.items():
+            chunks = partial(_teacher_logits, objective, [(wanted[name], tokens) for wanted, tokens in seen])
+            objective.centering.columns = sinkhorn_columns(chunks, objective.temperature(step))
+        self._prepared = deque(
+            Prepared({p: t for p, t in tokens.items() if p.network == "teacher"}) for _, tokens in seen
+        )
+        koleo = self._active.get("koleo")
+        if isinstance(koleo, Koleo):
+            views = [{p: tokens[p] for p in wanted["koleo"]} for wanted, tokens in seen]
+            for prepared, cached in zip(self._prepared, cache_koleo(koleo, views, step), strict=True):
+                prepared.koleo = cached
+
+    def _look(self, views: Views, step: int) -> tuple[dict[str, list[Pass]], dict[Pass, Tokens]]:
+        """Passes and tokens of what must be known of the whole batch; all student passes where paths are dropped."""
+        crops = self._colour(views)
+        wanted = self._wanted(views, step, crops["global"].device)
+        drawn = bool(self.config.encoder.drop_path_rate) and "koleo" in wanted
+        passes = [
+            p
+            for p in _all(wanted)
+            if (self._balanced if p.network == "teacher" else drawn or p in wanted.get("koleo", ()))
+        ]
+        return wanted, self._run(passes, wanted, crops)
+
+    def _wanted(self, views: Views, step: int, device: torch.device) -> dict[str, list[Pass]]:
+        """The passes each objective reads."""
+        draw = Draw(self.config.seed, step, views.sample_ids, device)
+        num_patches = self.student.patch_embed.num_patches
+        wanted = {name: objective.passes(draw, num_patches) for name, objective in self._active.items()}
+        if "koleo" in wanted:
+            wanted["koleo"] = [p for p in _all(wanted) if p.network == "student" and p.crop == "global"]
+        return wanted
 
     def _colour(self, views: Views) -> dict[str, Tensor]:
         """uint8 crops to normalised float crops: {"global": (G, B, C, H, W), "local": (L, B, C, h, w)}."""
@@ -120,11 +178,12 @@ class Pretraining(nn.Module):
             coloured = apply(crops.flatten(0, 1), rows.flatten(0, 1), self.preprocessing.mean, self.preprocessing.std)
         return coloured.unflatten(0, crops.shape[:2])
 
-    def _run(self, passes: list[Pass], patches_read: set[Pass], crops: dict[str, Tensor]) -> dict[Pass, Tokens]:
+    def _run(self, passes: list[Pass], wanted: dict[str, list[Pass]], crops: dict[str, Tensor]) -> dict[Pass, Tokens]:
         """Each pass once; passes of one encoder in one packed stream, equal shapes joined along the batch.
 
         Where only class tokens are read, the last block computes nothing else.
         """
+        patches_read = {p for name in ("ibot", "mae") for p in wanted.get(name, [])}
         tokens: dict[Pass, Tokens] = {}
         for network in ("teacher", "student"):
             groups: dict[tuple[str, str], list[Pass]] = {}
@@ -184,8 +243,20 @@ class Pretraining(nn.Module):
 
     def discard(self) -> None:
         """Drop what a skipped step left behind."""
+        self._prepared.clear()
         for objective in self._active.values():
             objective.discard()
+
+
+def _all(wanted: dict[str, list[Pass]]) -> list[Pass]:
+    """Each distinct pass once, in the order of the objectives."""
+    return list(dict.fromkeys(p for passes in wanted.values() for p in passes))
+
+
+def _teacher_logits(objective: Dino | Ibot, seen: list[tuple[list[Pass], dict[Pass, Tokens]]]) -> Iterator[Tensor]:
+    """Of each micro-batch in turn, computed when it is asked for."""
+    for passes, tokens in seen:
+        yield objective.teacher_logits(passes, tokens)
 
 
 def _frozen_copy(encoder: VisionTransformer) -> VisionTransformer:

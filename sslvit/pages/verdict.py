@@ -14,14 +14,12 @@ from typing import Any
 from sslvit.pages.comparisons import Probed, above, probed, seeing_tables, words
 from sslvit.pages.run_record import RunRecord, finite, last, series
 from sslvit.pages.svg import number, percent
+from sslvit.probes.alarms import LOSES, LOW_RANK, NARROW, ONE_PROTOTYPE, UNIFORM
 
 Row = dict[str, Any]
 
 ENOUGH_STEPS, ENOUGH_SHARE = 100, 0.1  # before that, nothing can be told
-UNIFORM, ONE_PROTOTYPE = 0.95, 0.05  # entropies, as shares of ln K
-LOW_RANK, NARROW = 1.5, 0.1  # RankMe; feature spread as a share of that at step 0
 WAITING = 0.3  # share of the time without data
-LOSES = 0.02  # of k-NN accuracy, below step 0
 TAIL = 0.3  # the last share of a run counts
 
 

@@ -135,7 +135,8 @@ def _run(config: AlignConfig, folder: RunFolder, device: torch.device) -> None:
 def _runtime(config: AlignConfig, device: torch.device, stop: StopFlag, path: Path) -> Runtime:
     """Of a resolved config; metrics go to `path`."""
     precision, checkpoint = str(config.precision), config.checkpoint
-    return Runtime(device, precision, config.seed, checkpoint.every, checkpoint.keep, stop, MetricsLog(path))
+    every, keep, milestone_every = checkpoint.every, checkpoint.keep, checkpoint.milestone_every
+    return Runtime(device, precision, config.seed, every, keep, stop, MetricsLog(path), milestone_every)
 
 
 def train_control(path: str, config_file: str, parent: int) -> None:

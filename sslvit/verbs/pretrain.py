@@ -28,6 +28,7 @@ from sslvit.objectives.explain import explain as explain_recipe
 from sslvit.objectives.pretraining import Pretraining
 from sslvit.objectives.recipe import DataFacts, resolve
 from sslvit.optim import adamw, param_groups
+from sslvit.probes.alarms import Alarms
 from sslvit.probes.monitor import KnnMonitor
 from sslvit.run_folder import RunFolder, default_output_dir
 from sslvit.schedules import cosine
@@ -91,12 +92,15 @@ def _run(config: PretrainConfig, folder: RunFolder, device: torch.device) -> Non
             folder=folder.path,
             checkpoint_every=_required(resolved.checkpoint.every),
             keep=resolved.checkpoint.keep,
+            milestone_every=resolved.checkpoint.milestone_every,
             meta={"encoder": as_dict(resolved.encoder), "preprocessing": as_dict(preprocessing)},
             metrics=MetricsLog(folder.path),
             stop=stop,
             periodic=None if monitor is None else lambda step: monitor(module.judged, step),
             periodic_every=_required(resolved.knn.every),
             best="knn/top1",
+            watch=Alarms(resolved),
+            prepare=module.prepare if module.needs_whole_batch else None,
         )
     if distributed.is_main():
         bad_files.collect()
@@ -140,16 +144,20 @@ class Schedule:
     def __init__(self, config: PretrainConfig) -> None:
         self.optim = config.optim
         self.steps = _required(config.steps)
+        self.has_teacher = config.dino is not None or config.ibot is not None
 
     def __call__(self, step: int) -> dict[str, float]:
-        """{"lr", "weight_decay"} of a step counted from 0."""
+        """{"lr", "weight_decay"} of a step counted from 0, and the teacher's "momentum" for the log."""
         optim = self.optim
         warmup = min(round(optim.warmup * self.steps), self.steps - 1)
         end = optim.weight_decay if optim.weight_decay_end is None else optim.weight_decay_end
-        return {
+        values = {
             "lr": cosine(step, self.steps, _required(optim.lr), optim.min_lr, warmup_steps=warmup),
             "weight_decay": cosine(step, self.steps, optim.weight_decay, end),
         }
+        if self.has_teacher:
+            values["momentum"] = cosine(step, self.steps, _required(optim.momentum), optim.momentum_end)
+        return values
 
 
 def measure_facts(source: Source, device: str, channels: int | None, num_probed: int = 64) -> DataFacts:

@@ -40,6 +40,7 @@ class Runtime:
     keep: int
     stop: StopFlag
     metrics: MetricsLog
+    milestone_every: int = 0
 
 
 class Stage(nn.Module):
@@ -113,6 +114,7 @@ def run_stage(
         folder=folder,
         checkpoint_every=runtime.checkpoint_every or max(1, config.steps // 5),
         keep=runtime.keep,
+        milestone_every=runtime.milestone_every,
         metrics=runtime.metrics,
         stop=runtime.stop,
         seed=runtime.seed,

@@ -1,0 +1,98 @@
+"""benchmarks/no_collapse.py: its plan, what it counts as collapse, and that finished cells are not run again."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import sslvit
+from sslvit.config import PretrainConfig, check_config, load_config
+from sslvit.errors import InputError
+from sslvit.objectives.recipe import DataFacts, resolve
+
+FILE = Path(__file__).resolve().parent.parent / "benchmarks" / "no_collapse.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("no_collapse", FILE)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["no_collapse"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def rows(target=0.4, usage=0.8, rank=20.0, top1=0.4, alarm=None):
+    made = [{"step": 0, "rankme": 30.0, "knn/top1": 0.38}]
+    made += [{"step": s, "loss": 3.0, "dino/target_entropy": target, "dino/usage_entropy": usage} for s in range(1, 11)]
+    made += [{"step": 10, "rankme": rank, "knn/top1": top1}]
+    return [*made, {"step": 9, "alarm": alarm, "text": "..."}] if alarm else made
+
+
+def test_the_matrix_is_the_whole_one_and_every_cell_is_a_config(script):
+    cells = script.plan(False, [0], ["*"])
+    assert sum(not cell.broken for cell in cells) == 36 and sum(bool(cell.broken) for cell in cells) == 12
+    assert len({cell.name for cell in cells}) == 48
+    for cell in [*cells, *script.plan(True, [0], ["*"])]:
+        config = load_config(PretrainConfig, "pretrain/auto", {"data": "x", **cell.keys()})
+        check_config(config)
+        resolved, _ = resolve(config, DataFacts(cell.images, 32, 3, "cpu"))
+        switched = {name for name in ("dino", "ibot", "koleo", "mae") if getattr(resolved, name) is not None}
+        assert switched == set(script.OBJECTIVES[cell.objective])
+        if cell.broken == "momentum":
+            assert resolved.optim.momentum == 0
+        if cell.broken == "temperature":
+            assert all(getattr(resolved, name).teacher_temperature == 1 for name in switched & {"dino", "ibot"})
+    assert [cell.name for cell in script.plan(False, [0], ["dino/*broken_m*"])] == ["dino/b64/n5000/broken_momentum"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "signs"),
+    [
+        ({}, []),
+        ({"target": 0.99, "usage": 0.995}, ["uniform targets"]),
+        ({"target": 0.01, "usage": 0.02}, ["one prototype"]),
+        ({"rank": 1.1}, ["features of rank one"]),
+        ({"top1": 0.35}, ["k-NN below random init"]),
+        ({"top1": 0.365}, []),
+    ],
+)
+def test_what_counts_as_collapse(script, changes, signs):
+    assert script.outcome(rows(**changes)).signs == signs
+
+
+def test_rows_are_named_as_promised_and_finished_cells_stay(script, tmp_path, monkeypatch):
+    ran = []
+
+    def pretrain(data, val_data, output_dir, **keys):
+        ran.append(output_dir.name)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        broken = "broken" in output_dir.name
+        if "ibot" in output_dir.name:
+            (output_dir / "metrics.jsonl").write_text(json.dumps(rows()[0]) + "\n")
+            raise InputError("not finite")
+        alarm = "dino/uniform_targets" if broken and "temperature" in output_dir.name else None
+        found = rows(**({"target": 0.99, "usage": 0.99} if broken else {}), alarm=alarm)
+        (output_dir / "metrics.jsonl").write_text("\n".join(map(json.dumps, found)))
+
+    monkeypatch.setattr(sslvit, "pretrain", pretrain)
+    words = ["--quick", "--data", "scenes", "--output-dir", str(tmp_path), "--json", str(tmp_path / "r.json")]
+    assert script.main(words) == 0
+    found = {row["name"]: row["value"] for row in json.loads((tmp_path / "r.json").read_text())}
+    assert found["no_collapse/runs"] == 4 and found["no_collapse/collapsed"] == 1, "the one that was stopped"
+    assert found["no_collapse/broken"] == 3 and found["no_collapse/alarms_missed"] == 2
+    assert found["no_collapse/dino/b16/n500/rankme"] == 20.0
+    assert len(ran) == 7 == len(set(ran))
+    first = set(ran)
+    script.main(words)
+    assert set(ran) == first, "the same folders, where `pretrain` finds a finished run"
+
+
+def test_without_images_it_says_so(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("SSLVIT_DATA", raising=False)
+    assert script.main(["--data", "cifar10", "--cells", "dino/b16/n500", "--output-dir", str(tmp_path)]) == 2
+    assert "SSLVIT_DATA is unset" in capsys.readouterr().err
