@@ -1,10 +1,7 @@
-"""Random resized crops and flips of one decoded image, and the keyed randomness that every part of the data shares.
+"""Random resized crops and flips of one decoded image.
 
 Multi-crop of DINO (arXiv:2104.14294, section 3.1) with torchvision's `RandomResizedCrop` rule: ten tries, then the
-largest centre crop of an allowed ratio. All uint8; colour is in `photometry.py`.
-
-Randomness is a function: `uniforms(seed, epoch, sample, view, n)` is SplitMix64 (Steele, Lea, Flood, OOPSLA 2014)
-started from a hash of its key, computed for a whole batch at once, and the same on any machine and NumPy.
+largest centre crop of an allowed ratio. All uint8; colour is in `photometry.py`, the draws come from `keyed.py`.
 """
 
 from __future__ import annotations
@@ -18,45 +15,14 @@ import torch.nn.functional as F
 
 from sslvit.data import photometry
 from sslvit.data.config import CropsConfig, PhotometryConfig
+from sslvit.data.keyed import uniforms
 from sslvit.encoder.config import Preprocessing
 
 Size = int | tuple[int, int]  # pixels: a side, or (height, width)
 
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _NUM_TRIES = 10
 _CROP_UNIFORMS = 2 * _NUM_TRIES + 3
 _VIEW_UNIFORMS = _CROP_UNIFORMS + photometry.NUM_UNIFORMS
-
-
-def splitmix(z: np.ndarray) -> np.ndarray:
-    """The output function of SplitMix64: a bijection of uint64 arrays, each input bit moves half of the output bits."""
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
-def hash_key(*parts: int | np.ndarray) -> np.ndarray:
-    """uint64 hashes of integer keys; array parts broadcast, so one call keys a whole batch."""
-    state = np.zeros(1, np.uint64)
-    for part in parts:
-        words = np.atleast_1d(np.asarray(part, np.int64)).astype(np.uint64)
-        state = splitmix((state + GOLDEN) ^ splitmix(words + GOLDEN))
-    return state
-
-
-def uniforms(
-    seed: int, epoch: int | np.ndarray, sample: int | np.ndarray, view: int | np.ndarray, count: int
-) -> np.ndarray:
-    """(..., count) float64 in [0, 1) from the key; `...` is the broadcast shape of the key's array parts."""
-    state = hash_key(seed, epoch, sample, view)
-    steps = np.arange(1, count + 1, dtype=np.uint64) * GOLDEN
-    values = (splitmix(state[..., None] + steps) >> np.uint64(11)) * 2.0**-53
-    return values if any(np.ndim(part) for part in (epoch, sample, view)) else values[0]
-
-
-def rng(seed: int, epoch: int, sample: int, view: int) -> np.random.Generator:
-    """A NumPy generator from the same key, for draws of unknown number."""
-    return np.random.Generator(np.random.Philox(key=hash_key(seed, epoch, sample, view)[0]))
 
 
 def height_width(size: Size) -> tuple[int, int]:

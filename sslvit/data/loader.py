@@ -23,6 +23,7 @@ import torch
 from sslvit.data import crops as geometry
 from sslvit.data.config import CropsConfig, PhotometryConfig
 from sslvit.data.decode import BadFiles, BadImage, decode
+from sslvit.data.keyed import hash_key, permute
 from sslvit.data.sources import Source
 from sslvit.data.workers import Job, Workers
 from sslvit.encoder.config import Preprocessing
@@ -32,7 +33,6 @@ CACHE_BYTES = 1536 * 2**20
 _CACHE_PROBE = 64  # images measured before deciding whether the decoded set fits
 _PREFETCH = 2  # batches ready or in work ahead of the one in use
 _HELD_BYTES = 32 * 2**20  # decoded pixels a thread holds before it cuts them; drawing for many at once is cheaper
-_FEISTEL_TURNS = 8
 _ORDER, _REPLACEMENT, _STATISTICS = -1, -2, -3  # in place of a view in the key: draws that belong to no view
 
 
@@ -51,27 +51,6 @@ class Views:
         """The crops on `device`; the small rest stays on the CPU, where `photometry.apply` wants it."""
         move = {name: getattr(self, name).to(device, non_blocking=True) for name in ("global_crops", "local_crops")}
         return dataclasses.replace(self, **move)
-
-
-def permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
-    """Images at places `index` (B,) of the permutations of range(n) named by uint64 keys (B,).
-
-    A Feistel network on the smallest even number of bits that holds n, walked until it lands below n (Black and
-    Rogaway, "Ciphers with arbitrary finite domains", 2002): no table, so any place of a billion is found at once.
-    """
-    half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
-    mask = np.uint64(2**half - 1)
-    shift = np.uint64(half)
-    turns = geometry.splitmix(key + np.arange(1, _FEISTEL_TURNS + 1, dtype=np.uint64)[:, None] * geometry.GOLDEN)
-    out = index.astype(np.uint64)
-    walking = np.arange(len(out))
-    while len(walking):
-        left, right = out[walking] >> shift, out[walking] & mask
-        for turn in turns[:, walking]:
-            left, right = right, left ^ (geometry.splitmix(right + turn) & mask)
-        out[walking] = left << shift | right
-        walking = walking[out[walking] >= n]
-    return out.astype(np.int64)
 
 
 def default_workers() -> int:
@@ -159,7 +138,7 @@ class Loader:
         n = len(self._source)
         places = cursor + self._rank * self._batch_size + np.arange(self._batch_size)
         epochs = places // n
-        keys = geometry.hash_key(self._seed, epochs, _ORDER)
+        keys = hash_key(self._seed, epochs, _ORDER)
         return permute(places % n, n, keys), epochs
 
     def __iter__(self) -> Iterator[tuple[Views, int]]:
@@ -245,7 +224,7 @@ class Loader:
             else:
                 self._bad_files.saw()
                 return image, shown
-            shown = int(geometry.hash_key(self._seed, epoch, sample, _REPLACEMENT, attempt)[0] % np.uint64(n))
+            shown = int(hash_key(self._seed, epoch, sample, _REPLACEMENT, attempt)[0] % np.uint64(n))
         raise InputError(
             f"{self._source.spec}: a hundred draws in a row were unreadable; `sslvit check-data` names them"
         )
@@ -306,7 +285,7 @@ def measure_statistics(source: Source, channels: int, n: int = 1000) -> tuple[tu
     """
     total = len(source)
     places = np.arange(min(n, total))
-    chosen = permute(places, total, np.broadcast_to(geometry.hash_key(0, _STATISTICS), places.shape))
+    chosen = permute(places, total, np.broadcast_to(hash_key(0, _STATISTICS), places.shape))
     images = DecodedImages(source, channels, 64, cache_bytes=0)
     moments = []
     for index in chosen.tolist():
