@@ -81,6 +81,8 @@ class Progress:
     rollbacks: int = 0
     best_value: float | None = None
     best_step: int | None = None
+    first_value: float | None = None  # of what `best` names, at step 0
+    last_value: float | None = None
 
 
 def train(
@@ -104,6 +106,7 @@ def train(
     periodic: Callable[[int], dict[str, float]] | None = None,
     periodic_every: int = 0,
     best: str | None = None,
+    max_drop: float = math.inf,
     stage: str = "",
 ) -> Progress:
     """Trains `module` (a Trainable) to `steps`, from `folder/checkpoints` if it holds a checkpoint.
@@ -111,7 +114,9 @@ def train(
     schedule(step) gives "lr" and "weight_decay", scaled by each group's lr_scale and wd_scale. `accumulate`
     micro-batches make a step. precision: "fp32" or "bf16" (autocast). `meta` is stored in every checkpoint.
     periodic(step) runs at step 0, every `periodic_every` steps and at the end, on all processes; its values are logged,
-    and while `best` names one of them, the step where it was largest keeps its checkpoint (best.json).
+    and while `best` names one of them, the step where it was largest keeps its checkpoint (best.json). Once that value
+    is more than `max_drop` below what it was at the start, the run ends and goes back to its best checkpoint; with a
+    finite `max_drop` it also does so when it ends below its start.
 
     A step whose loss or gradient is not finite is skipped on all processes alike; three in a row roll back to the last
     good checkpoint while the data go on; at the second roll-back a RuntimeError stops the run. On a signal or a full
@@ -170,6 +175,9 @@ def train(
             if due or improved or progress.step == steps:
                 progress.good_step = progress.step
                 saver.save(progress)
+            if _has_fallen(progress, max_drop, ended=progress.step == steps):
+                saver.keep_best(progress, str(best))
+                break
         saver.close()
     except BaseException:
         saver.abandon()
@@ -294,6 +302,18 @@ class _Saver:
         assert chosen is not None, "every run begins with a checkpoint of step 0"
         return chosen
 
+    def keep_best(self, progress: Progress, name: str) -> None:
+        """Drops the checkpoints after the best one: whoever opens the run next gets that."""
+        self.close()
+        assert progress.best_step is not None
+        if distributed.is_main():
+            drop_checkpoints_after(self.root, progress.best_step)
+        self.metrics.say(
+            f"{name} fell from {progress.first_value:.4f} at the start to {progress.last_value:.4f} at step "
+            f"{progress.step}: the run ends and keeps step {progress.best_step}, where it was "
+            f"{progress.best_value:.4f}; lower optim.lr, or raise knn.max_drop to go on in spite of that"
+        )
+
     def close(self) -> None:
         """Waits for the writer; every process learns whether it succeeded."""
         if self.saving is not None:
@@ -313,6 +333,13 @@ class _Saver:
         if self.saving is not None:
             with contextlib.suppress(Exception):
                 self.saving.join()
+
+
+def _has_fallen(progress: Progress, max_drop: float, ended: bool) -> bool:
+    """Whether the watched value is too far below its start; at the end of a watched run, below it at all."""
+    if progress.first_value is None or progress.last_value is None or not math.isfinite(max_drop):
+        return False
+    return progress.last_value < progress.first_value - (0.0 if ended else max_drop)
 
 
 def _step_of(path: Path) -> int:
@@ -369,6 +396,9 @@ def _evaluate(
         metrics.row(progress.step, values)
     if best is None or best not in values or not math.isfinite(values[best]):
         return False
+    progress.last_value = values[best]
+    if progress.step == 0:
+        progress.first_value = values[best]
     if progress.best_value is not None and values[best] <= progress.best_value:
         return False
     progress.best_value, progress.best_step = values[best], progress.step

@@ -7,6 +7,7 @@ largest centre crop of an allowed ratio. All uint8; colour is in `photometry.py`
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,7 +61,7 @@ def min_side(crops: CropsConfig, global_size: Size) -> int:
     kinds = [(max(height_width(global_size)), crops.global_scale[0])]
     if crops.num_local:
         assert crops.local_size is not None
-        kinds.append((crops.local_size, crops.local_scale[0]))
+        kinds.append((max(crops.local_shape), crops.local_scale[0]))
     narrowest = min(crops.ratio[0], 1 / crops.ratio[1])
     return max(math.ceil(size / math.sqrt(scale * narrowest)) for size, scale in kinds)
 
@@ -76,6 +77,7 @@ class ViewPlan:
 
 def plan_views(
     sizes: np.ndarray,
+    sides: Sequence[tuple[int, int]],
     crops: CropsConfig,
     colours: PhotometryConfig,
     channels: int,
@@ -85,6 +87,8 @@ def plan_views(
 ) -> tuple[ViewPlan, ViewPlan]:
     """Plans of the global and of the local views for images of `sizes` (B, 2), keyed by epochs (B,) and samples (B,).
 
+    `sides` are (height, width) of both kinds: `crops.ratio` is that of a box to the view it becomes, so that views that
+    are no squares are stretched no more than squares are.
     View v of the key counts the global views first, then the local ones.
     """
     assert crops.num_local is not None and crops.global_scale is not None
@@ -92,14 +96,22 @@ def plan_views(
     u = uniforms(seed, epochs[:, None], samples[:, None], views, _VIEW_UNIFORMS)
     split = crops.num_global
     return (
-        _plan_kind(u[:, :split], sizes, crops, crops.global_scale, colours, "global", channels),
-        _plan_kind(u[:, split:], sizes, crops, crops.local_scale, colours, "local", channels),
+        _plan_kind(
+            u[:, :split], sizes, _ratio(crops, sides[0]), crops, crops.global_scale, colours, "global", channels
+        ),
+        _plan_kind(u[:, split:], sizes, _ratio(crops, sides[1]), crops, crops.local_scale, colours, "local", channels),
     )
+
+
+def _ratio(crops: CropsConfig, side: tuple[int, int]) -> tuple[float, float]:
+    aspect = side[1] / side[0] if side[0] else 1.0
+    return crops.ratio[0] * aspect, crops.ratio[1] * aspect
 
 
 def _plan_kind(
     u: np.ndarray,
     sizes: np.ndarray,
+    ratio: tuple[float, float],
     crops: CropsConfig,
     scale: list[float],
     colours: PhotometryConfig,
@@ -108,9 +120,7 @@ def _plan_kind(
 ) -> ViewPlan:
     batch, num_views = u.shape[:2]
     height, width = (np.broadcast_to(side[:, None], (batch, num_views)) for side in (sizes[:, 0], sizes[:, 1]))
-    boxes = crop_boxes(
-        u[..., : _CROP_UNIFORMS - 1], height, width, (scale[0], scale[1]), (crops.ratio[0], crops.ratio[1])
-    )
+    boxes = crop_boxes(u[..., : _CROP_UNIFORMS - 1], height, width, (scale[0], scale[1]), ratio)
     rows = np.empty((num_views, batch, photometry.NUM_PARAMETERS), np.float32)
     for view in range(num_views):
         rows[view] = photometry.draw(u[:, view, _CROP_UNIFORMS:], colours, kind, view, channels)
@@ -158,10 +168,10 @@ def make_views(
 ) -> SampleViews:
     """The views that the loader would make of this decoded image (H, W, C) uint8, alone."""
     channels = image.shape[2]
+    sides = (height_width(global_size), crops.local_shape)
     plans = plan_views(
-        np.array([image.shape[:2]]), crops, colours, channels, seed, np.array([epoch]), np.array([sample])
+        np.array([image.shape[:2]]), sides, crops, colours, channels, seed, np.array([epoch]), np.array([sample])
     )
-    sides = (height_width(global_size), height_width(crops.local_size or 0))
     cut = []
     for plan, side in zip(plans, sides, strict=True):
         views = torch.empty(len(plan.photometry), channels, *side, dtype=torch.uint8)
@@ -172,18 +182,19 @@ def make_views(
 
 
 def eval_transform(image: np.ndarray, preprocessing: Preprocessing) -> torch.Tensor:
-    """An image (H, W, C) uint8 as an encoder wants to see it, before normalisation: (C, size, size) uint8.
+    """An image (H, W, C) uint8 as an encoder wants to see it, before normalisation: (C, height, width) uint8.
 
-    The shorter side goes to image_size / crop_pct, the longer one in proportion, then the centre is cut (as timm does).
+    It is resized in proportion until it just covers size / crop_pct (for squares: the shorter side goes there), then
+    the centre is cut (as timm does).
     """
-    side = preprocessing.image_size
-    shorter = math.floor(side / preprocessing.crop_pct)
+    rows, columns = preprocessing.size
+    least_height, least_width = (math.floor(side / preprocessing.crop_pct) for side in (rows, columns))
     height, width = image.shape[:2]
-    if height <= width:
-        new_height, new_width = shorter, int(shorter * width / height)
+    if least_height * width >= least_width * height:
+        new_height, new_width = least_height, least_height * width // height
     else:
-        new_height, new_width = int(shorter * height / width), shorter
+        new_height, new_width = least_width * height // width, least_width
     pixels = _as_tensor(image)
     resized = resize(pixels, new_height, new_width, preprocessing.interpolation)[0]
-    top, left = round((new_height - side) / 2), round((new_width - side) / 2)
-    return resized[:, top : top + side, left : left + side].contiguous()
+    top, left = round((new_height - rows) / 2), round((new_width - columns) / 2)
+    return resized[:, top : top + rows, left : left + columns].contiguous()

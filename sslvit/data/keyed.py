@@ -38,6 +38,11 @@ def uniforms(
     return values if any(np.ndim(part) for part in (epoch, sample, view)) else values[0]
 
 
+def rng(seed: int, epoch: int, sample: int, view: int) -> np.random.Generator:
+    """A NumPy generator from the same key, for draws of unknown number."""
+    return np.random.Generator(np.random.Philox(key=hash_key(seed, epoch, sample, view)[0]))
+
+
 def permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
     """Images at places `index` (B,) of the permutations of range(n) named by uint64 keys (B,).
 

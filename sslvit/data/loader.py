@@ -120,7 +120,7 @@ class Loader:
         if len(source) == 0:
             raise InputError(f"{source.spec} holds no images; point `data` at a folder or file that does")
         self._source, self._crops, self._photometry = source, crops, photometry
-        self._sides = (geometry.height_width(global_size), geometry.height_width(crops.local_size or 0))
+        self._sides = (geometry.height_width(global_size), crops.local_shape)
         self._channels, self._batch_size = channels, batch_size
         self._seed, self._rank, self._world = seed, rank, world
         self._num_workers = default_workers() if num_workers is None else num_workers
@@ -198,6 +198,7 @@ class Loader:
         views = batch.views
         plans = geometry.plan_views(
             np.array([image.shape[:2] for image in images]),
+            self._sides,
             self._crops,
             self._photometry,
             self._channels,
@@ -244,12 +245,12 @@ def clean_batches(
     indices: Sequence[int] | np.ndarray | None = None,
     bad_files: BadFiles | None = None,
 ) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
-    """(images (B, C, size, size) uint8, their indices (B,) int64) in order, cut as `eval_transform`; B may be smaller.
+    """(images (B, C, height, width) uint8, their indices (B,) int64) in order, cut as `eval_transform`.
 
-    Unreadable images are left out (the indices tell) and recorded in `bad_files`.
+    B may be smaller. Unreadable images are left out (the indices tell) and recorded in `bad_files`.
     """
     order = np.arange(len(source)) if indices is None else np.asarray(indices, np.int64)
-    shorter = int(preprocessing.image_size / preprocessing.crop_pct)
+    shorter = int(max(preprocessing.size) / preprocessing.crop_pct)
     images = DecodedImages(source, preprocessing.channels, shorter, cache_bytes=0)
 
     def fill(ids: np.ndarray, report: Callable[[int], None]) -> tuple[list[torch.Tensor], list[int]]:

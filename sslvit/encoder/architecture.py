@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from timm.layers import QuickGELU
+from timm.layers.activations import GELU, GELUTanh
 from torch import Tensor, nn
 
 from sslvit.encoder.config import EncoderConfig
@@ -19,6 +21,8 @@ from sslvit.encoder.vit import Encoder, create_timm, init_xavier
 from sslvit.errors import InputError
 
 _HEADS_OF_WIDTH = {1152: 16, 1280: 16, 1408: 16, 1664: 16}  # So400m, H, g, G: all others have 64 channels per head
+CLIP_NORM_EPS = 1e-5  # torch's LayerNorm, in open_clip's own towers
+_TIMM_NORM_EPS = 1e-6  # of the names inferred here
 _DINOV3_HEADS = {4096: 32}  # the 7B: all others have 64 channels per head, the 1280 wide one too
 _NAME_OF_WIDTH = {192: "vit_tiny", 384: "vit_small", 768: "vit_base", 1024: "vit_large"}
 
@@ -79,11 +83,13 @@ def infer_architecture(
         "dynamic_img_size": True,
     }
     args |= _rarer_args(tensors)
-    if act_layer is not None and act_layer != "gelu":
+    if act_layer is not None and (name is not None or act_layer != "gelu"):
         args["act_layer"] = act_layer
     assert int(dim * args["mlp_ratio"]) == hidden, (dim, hidden)
+    if name is None and not swiglu and norm_eps == CLIP_NORM_EPS:  # a name that has it, so that every export has it
+        return Architecture("vit_base_patch16_clip_224", {"pre_norm": False, **args})
     base = "vit_giant_patch14_dinov2" if swiglu else f"{_NAME_OF_WIDTH.get(dim, 'vit_base')}_patch16_224"
-    return Architecture(name or base, args, norm_eps)
+    return Architecture(name or base, args, None if norm_eps == _TIMM_NORM_EPS else norm_eps)
 
 
 def infer_dinov3(
@@ -119,11 +125,13 @@ def infer_dinov3(
 
 def config_of(encoder: Encoder, name: str) -> EncoderConfig:
     """The facts of an encoder as an `EncoderConfig` without `auto` values."""
-    attention = encoder.blocks[0].attn
+    attention, (height, width) = encoder.blocks[0].attn, encoder.patch_embed.img_size
     return EncoderConfig(
         name=name,
         patch_size=encoder.patch_embed.patch_size[0],
-        image_size=encoder.patch_embed.img_size[0],
+        image_size=height,
+        image_width=None if width == height else width,
+        act_layer=activation_of(encoder),
         class_token=encoder.cls_token is not None,
         num_registers=0 if encoder.reg_token is None else encoder.reg_token.shape[1],
         in_chans=encoder.patch_embed.proj.in_channels,
@@ -132,6 +140,16 @@ def config_of(encoder: Encoder, name: str) -> EncoderConfig:
         num_heads=attention.num_heads,
         init_values=1e-5 if hasattr(getattr(encoder.blocks[0], "ls1", None), "gamma") else 0.0,
     )
+
+
+def activation_of(encoder: Encoder) -> str | None:
+    """The activation in plain MLPs: gelu, gelu_tanh or quick_gelu; None for any other."""
+    act = getattr(encoder.blocks[0].mlp, "act", None)
+    if isinstance(act, QuickGELU):
+        return "quick_gelu"
+    if isinstance(act, GELUTanh) or (isinstance(act, nn.GELU) and act.approximate == "tanh"):
+        return "gelu_tanh"
+    return "gelu" if isinstance(act, nn.GELU | GELU) else None
 
 
 def heads_of_name(name: str) -> int:

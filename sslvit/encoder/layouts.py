@@ -286,7 +286,7 @@ def _from_open_clip(tensors: Tensors) -> Tensors:
     for name, tensor in tensors.items():
         for old, new in _OPEN_CLIP:
             if old in name and (old[0] in "._" or name.startswith(old)):
-                name = name.replace(old, new)  # noqa: PLW2901
+                name = name.replace(old, new)
         out[name] = tensor
     out["cls_token"] = out.pop("class_embedding").reshape(1, 1, -1)
     if "positional_embedding" in out:

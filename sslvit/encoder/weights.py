@@ -21,12 +21,14 @@ from typing import Any
 import timm
 import torch
 from safetensors import safe_open
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from sslvit import distributed
 from sslvit.checkpoint import best_step, checkpoint_path, checkpoint_steps, latest_checkpoint, load_checkpoint
 from sslvit.checkpoint import read_weights_file as read_file
 from sslvit.encoder.architecture import (
+    CLIP_NORM_EPS,
     Architecture,
     config_of,
     heads_of_name,
@@ -44,7 +46,6 @@ __all__ = ["ImportReport", "LoadedEncoder", "import_weights", "init_encoder", "l
 _HF_MODELS = ("vit", "vit_mae", "dinov2", "dinov2_with_registers", "siglip", "siglip_vision_model", "dinov3_vit")
 _OPEN_CLIP_CONFIG = "open_clip_config.json"
 _OPENAI_MEAN, _OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # open_clip's
-_CLIP_NORM_EPS = 1e-5  # torch's LayerNorm, in open_clip's own towers
 _HF_ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -121,11 +122,22 @@ def random_like(loaded: LoadedEncoder, seed: int) -> LoadedEncoder:
     return replace(loaded, module=module, source=source, license=None, step=None, report=None)
 
 
-def init_encoder(spec: str, config: EncoderConfig) -> tuple[Encoder, ImportReport]:
-    """An encoder built from a resolved `config` with the weights of `spec`, resized where needed."""
-    loaded = load_encoder(spec)
-    encoder = create_encoder(config)
-    return encoder, import_weights(encoder, loaded.module.state_dict())
+def init_encoder(loaded: LoadedEncoder, config: EncoderConfig) -> tuple[VisionTransformer, ImportReport]:
+    """An encoder built from a resolved `config` with the weights of `loaded`, resized where needed.
+
+    What a config cannot say (a norm before the blocks, linear maps without bias, ...) it has from `loaded` as long as
+    both have the same name.
+    """
+    if not isinstance(loaded.module, VisionTransformer):
+        raise InputError(
+            f"{loaded.source}: RoPE encoders (timm Eva, DINOv3) are evaluated, embedded and aligned, but not trained "
+            "further; start from a plain ViT such as vit_small_patch14_dinov2, or distil this one with teacher="
+        )
+    encoder = create_encoder(config, loaded.architecture.args if config.name == loaded.architecture.name else {})
+    try:
+        return encoder, import_weights(encoder, loaded.module.state_dict(), grid=loaded.module.patch_embed.grid_size)
+    except InputError as error:
+        raise InputError(f"{loaded.source}: {error}") from None
 
 
 def _split_options(spec: str) -> tuple[str, dict[str, Any]]:
@@ -201,7 +213,7 @@ def _from_tensors(tensors: Mapping[str, Tensor], options: dict[str, Any], spec: 
             architecture = infer_dinov3(found.tensors, **rope)
         else:
             if found.layout == "open_clip":
-                known = {"norm_eps": _CLIP_NORM_EPS} | known
+                known = {"norm_eps": CLIP_NORM_EPS} | known
             architecture = infer_architecture(found.tensors, **{k: v for k, v in known.items() if k != "rope_theta"})
     except InputError as error:
         raise InputError(f"{spec}: {error}") from None
@@ -259,13 +271,13 @@ def _from_checkpoint(path: Path, spec: str, verify: bool = True) -> LoadedEncode
     config = EncoderConfig(**meta["encoder"])
     preprocessing = _preprocessing(meta["preprocessing"])
     found = to_timm(tensors["model"])
-    plain = config.class_token or config.num_registers
+    second_form = not (config.class_token or config.num_registers)
     architecture = infer_architecture(
         found.tensors,
         name=config.name,
         num_heads=config.num_heads or heads_of_name(str(config.name)),
-        img_size=_pair(config.image_size),
-        act_layer="gelu" if plain else "gelu_tanh",
+        img_size=config.size,
+        act_layer=config.act_layer or ("gelu_tanh" if second_form else None),
         init_values=1e-5 if config.init_values is None else config.init_values,
     )
     return _assemble(architecture, found.tensors, preprocessing, spec, step=meta["step"], license=meta.get("license"))
@@ -300,7 +312,7 @@ def _from_open_clip_folder(path: Path, options: dict[str, Any], spec: str) -> Lo
             "num_heads": vision.get("width", 768) // vision.get("head_width", 64),
             "img_size": vision.get("image_size", 224),
             "act_layer": "quick_gelu" if model.get("quick_gelu") else "gelu",
-            "norm_eps": (vision.get("norm_kwargs") or {}).get("eps", _CLIP_NORM_EPS),
+            "norm_eps": (vision.get("norm_kwargs") or {}).get("eps", CLIP_NORM_EPS),
         }
         loaded = _from_tensors(tensors, facts | options, spec)
     else:
@@ -394,13 +406,17 @@ def _preprocessing(facts: Mapping[str, Any]) -> Preprocessing:
 
 def _default_preprocessing(architecture: Architecture) -> Preprocessing:
     size, channels = _pair(architecture.args["img_size"]), architecture.args["in_chans"]
-    return Preprocessing(size[0], *_statistics(IMAGENET_MEAN, IMAGENET_STD, channels))
+    mean, std = _statistics(IMAGENET_MEAN, IMAGENET_STD, channels)
+    return Preprocessing(size[0], mean, std, image_width=_width(size))
 
 
 def _preprocessing_of_timm(cfg: Mapping[str, Any], module: Encoder) -> Preprocessing:
     channels, size = module.patch_embed.proj.in_channels, module.patch_embed.img_size
     mean, std = _statistics(cfg.get("mean", IMAGENET_MEAN), cfg.get("std", IMAGENET_STD), channels)
-    return Preprocessing(size[0], mean, std, cfg.get("interpolation", "bicubic"), float(cfg.get("crop_pct") or 1.0))
+    stated = tuple(cfg.get("input_size", (0, 0, 0)))[1:]
+    width = _width(stated if stated[0] == size[0] else size)
+    interpolation, crop_pct = cfg.get("interpolation", "bicubic"), float(cfg.get("crop_pct") or 1.0)
+    return Preprocessing(size[0], mean, std, interpolation, crop_pct, width)
 
 
 def _preprocessing_of_hf(path: Path, default: Preprocessing) -> Preprocessing:
@@ -421,7 +437,13 @@ def _preprocessing_of_hf(path: Path, default: Preprocessing) -> Preprocessing:
         std=tuple(std),
         interpolation=_RESAMPLING.get(config.get("resample", 3), "bicubic"),
         crop_pct=float(config.get("crop_pct") or (cropped / resized if cropped else 1.0)),
+        image_width=_width((crop.get("height"), crop.get("width"))) if cropped and isinstance(crop, dict) else None,
     )
+
+
+def _width(size: Sequence[Any]) -> int | None:
+    """The width where it is not the height."""
+    return None if size[1] == size[0] else int(size[1])
 
 
 def _statistics(mean: Any, std: Any, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

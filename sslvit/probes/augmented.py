@@ -28,7 +28,7 @@ def crop_batches(
         subset,
         crops,
         PhotometryConfig(),  # drawn but not applied
-        preprocessing.image_size,
+        preprocessing.size,
         preprocessing.channels,
         min(batch_size, len(rows)),
         seed=seed,

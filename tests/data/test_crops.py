@@ -16,6 +16,7 @@ from sslvit.data.keyed import uniforms
 from sslvit.encoder.config import Preprocessing
 
 CROPS = CropsConfig(num_global=2, global_scale=[0.4, 1.0], num_local=3, local_size=16)
+SIDES = ((32, 32), (16, 16))
 
 
 def picture(height=70, width=50, channels=3, seed=0):
@@ -126,10 +127,10 @@ def test_adding_local_views_leaves_the_global_ones_alone():
 
 def test_half_of_the_views_are_flipped():
     sizes = np.full((2000, 2), 40)
-    plan, _ = crops.plan_views(sizes, CROPS, PhotometryConfig(), 3, 0, np.zeros(2000, int), np.arange(2000))
+    plan, _ = crops.plan_views(sizes, SIDES, CROPS, PhotometryConfig(), 3, 0, np.zeros(2000, int), np.arange(2000))
     assert plan.flips.mean() == pytest.approx(0.5, abs=0.03)
     never = CropsConfig(global_scale=[0.4, 1.0], num_local=0, horizontal_flip_prob=0.0)
-    assert not crops.plan_views(sizes, never, PhotometryConfig(), 3, 0, np.zeros(2000, int), np.arange(2000))[
+    assert not crops.plan_views(sizes, SIDES, never, PhotometryConfig(), 3, 0, np.zeros(2000, int), np.arange(2000))[
         0
     ].flips.any()
 
@@ -139,11 +140,11 @@ def test_min_side_keeps_every_crop_at_least_as_large_as_its_output(shape):
     side = crops.min_side(CROPS, 32)
     height, width = (int(side * factor) for factor in shape)
     sizes = np.broadcast_to([height, width], (3000, 2))
-    plans = crops.plan_views(sizes, CROPS, PhotometryConfig(), 3, 0, np.zeros(3000, int), np.arange(3000))
+    plans = crops.plan_views(sizes, SIDES, CROPS, PhotometryConfig(), 3, 0, np.zeros(3000, int), np.arange(3000))
     for plan, output in zip(plans, (32, 16), strict=True):
         assert plan.boxes[..., 2:].min() >= output
     smaller = np.broadcast_to([int(side * 0.6)] * 2, (3000, 2))
-    plans = crops.plan_views(smaller, CROPS, PhotometryConfig(), 3, 0, np.zeros(3000, int), np.arange(3000))
+    plans = crops.plan_views(smaller, SIDES, CROPS, PhotometryConfig(), 3, 0, np.zeros(3000, int), np.arange(3000))
     assert min(plan.boxes[..., 2:].min() - output for plan, output in zip(plans, (32, 16), strict=True)) < 0
 
 

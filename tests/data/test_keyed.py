@@ -44,6 +44,12 @@ def test_uniforms_are_uniform_and_neighbouring_keys_unrelated():
     assert np.abs(np.corrcoef(flat[:-1, 0], flat[1:, 0])[0, 1]) < 0.06
 
 
+def test_rng_is_keyed():
+    draw = keyed.rng(3, 1, 4, 1).random(4)
+    np.testing.assert_array_equal(draw, keyed.rng(3, 1, 4, 1).random(4))
+    assert not np.array_equal(draw, keyed.rng(3, 1, 4, 2).random(4))
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 10, 64, 65, 1000])
 def test_permute_is_a_permutation_for_every_key(n):
     for epoch in range(3):

@@ -477,7 +477,7 @@ def test_what_did_not_fit_is_printed_and_nothing_else(
 def test_init_encoder_builds_the_config_and_fills_it(tmp_path: Path) -> None:
     torch.save(dict(plain().state_dict()), tmp_path / "dino.pth")
     config = EncoderConfig("vit_tiny_patch16_224", 8, 64, True, 4, 1, 64, 2, 1)
-    encoder, report = init_encoder(str(tmp_path / "dino.pth"), config)
+    encoder, report = init_encoder(load_encoder(str(tmp_path / "dino.pth")), config)
     assert encoder.pos_embed.shape == (1, 64, 64) and report.missing == ["reg_token"]
     assert "missing: reg_token" in str(report)
 
