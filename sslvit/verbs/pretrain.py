@@ -231,7 +231,7 @@ def _loader(config: PretrainConfig, source: Source, bad_files: BadFiles, device:
         source,
         crops=config.crops,
         photometry=config.photometry,
-        global_size=_required(config.encoder.image_size),
+        global_size=config.encoder.size,
         channels=_required(config.encoder.in_chans),
         batch_size=batch // share,
         seed=config.seed,
