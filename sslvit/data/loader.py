@@ -1,8 +1,8 @@
 """Batches of views from a source: keyed order, decode, crops, in threads; and clean images for evaluation.
 
-The stream is a function of (seed, cursor): sample p of the global stream belongs to epoch p // n and is image
-`permute(p % n)` of that epoch's keyed permutation. A batch is the next `world * batch_size` samples, of which a rank
-takes its slice, so neither the number of threads nor of ranks changes what is seen, and a resume needs one integer.
+The stream is a function of (seed, cursor): sample p of the global stream belongs to epoch p // n and is the image at
+place p % n of that epoch's keyed permutation (order.py). A batch is the next `world * batch_size` samples, of which a
+rank takes its slice, so neither the number of threads nor of ranks changes what is seen; a resume needs one integer.
 
 Threads, not processes: decoding, resizing and copying release the GIL, nothing is pickled or copied between
 processes, and decoded images are shared. Colour happens on the training device (`photometry.py`).
@@ -23,7 +23,8 @@ import torch
 from sslvit.data import crops as geometry
 from sslvit.data.config import CropsConfig, PhotometryConfig
 from sslvit.data.decode import BadFiles, BadImage, decode
-from sslvit.data.keyed import hash_key, permute
+from sslvit.data.keyed import hash_key
+from sslvit.data.order import Order, sample
 from sslvit.data.sources import Source
 from sslvit.data.workers import Job, Workers
 from sslvit.encoder.config import Preprocessing
@@ -33,7 +34,8 @@ CACHE_BYTES = 1536 * 2**20
 _CACHE_PROBE = 64  # images measured before deciding whether the decoded set fits
 _PREFETCH = 2  # batches ready or in work ahead of the one in use
 _HELD_BYTES = 32 * 2**20  # decoded pixels a thread holds before it cuts them; drawing for many at once is cheaper
-_ORDER, _REPLACEMENT, _STATISTICS = -1, -2, -3  # in place of a view in the key: draws that belong to no view
+_REPLACEMENT = -2  # in place of a view in the key: a draw that belongs to no view
+_STATISTICS = -3  # in place of the seed: which images are measured depends on the set alone
 
 
 @dataclass
@@ -123,6 +125,7 @@ class Loader:
         self._sides = (geometry.height_width(global_size), crops.local_shape)
         self._channels, self._batch_size = channels, batch_size
         self._seed, self._rank, self._world = seed, rank, world
+        self._order = Order(source, seed)
         self._num_workers = default_workers() if num_workers is None else num_workers
         self._bad_files = BadFiles() if bad_files is None else bad_files
         self._pin_memory = pin_memory
@@ -138,8 +141,7 @@ class Loader:
         n = len(self._source)
         places = cursor + self._rank * self._batch_size + np.arange(self._batch_size)
         epochs = places // n
-        keys = hash_key(self._seed, epochs, _ORDER)
-        return permute(places % n, n, keys), epochs
+        return self._order(places % n, epochs), epochs
 
     def __iter__(self) -> Iterator[tuple[Views, int]]:
         stride = self._batch_size * self._world
@@ -284,9 +286,7 @@ def measure_statistics(source: Source, channels: int, n: int = 1000) -> tuple[tu
 
     Every image weighs the same whatever its size; unreadable ones are passed over.
     """
-    total = len(source)
-    places = np.arange(min(n, total))
-    chosen = permute(places, total, np.broadcast_to(hash_key(0, _STATISTICS), places.shape))
+    chosen = sample(source, n, _STATISTICS)
     images = DecodedImages(source, channels, 64, cache_bytes=0)
     moments = []
     for index in chosen.tolist():
@@ -298,7 +298,7 @@ def measure_statistics(source: Source, channels: int, n: int = 1000) -> tuple[tu
         pixels = image[::stride, ::stride].reshape(-1, channels) / 255.0
         moments.append((pixels.mean(0), (pixels**2).mean(0)))
     if not moments:
-        raise InputError(f"{source.spec}: none of {len(places)} images could be read; `sslvit check-data` says why")
+        raise InputError(f"{source.spec}: none of {len(chosen)} images could be read; `sslvit check-data` says why")
     first, second = (np.mean([pair[i] for pair in moments], axis=0) for i in range(2))
     std = np.sqrt(np.maximum(second - first**2, 1e-6))
     return tuple(first.tolist()), tuple(std.tolist())

@@ -18,6 +18,7 @@ from sslvit import distributed
 from sslvit.config import PretrainConfig, as_dict, check_config, load_config
 from sslvit.data.decode import BadFiles, BadImage, decode
 from sslvit.data.loader import Loader, measure_statistics
+from sslvit.data.order import sample
 from sslvit.data.sources import Source, open_source
 from sslvit.encoder.config import Preprocessing
 from sslvit.encoder.weights import LoadedEncoder, init_encoder, load_encoder
@@ -167,11 +168,11 @@ class Schedule:
 
 
 def measure_facts(source: Source, device: str, channels: int | None, num_probed: int = 64) -> DataFacts:
-    """Look at evenly spaced images: median shorter side (pixels) and the channels most of them have."""
+    """Look at some images: median shorter side (pixels) and the channels most of them have."""
     if len(source) == 0:
         raise InputError(f"{source.spec}: no images in it; give a folder or file that holds some")
     sides, counts, reasons = [], [], []
-    for index in range(0, len(source), max(1, len(source) // num_probed)):
+    for index in sample(source, num_probed, seed=0).tolist():
         try:
             image = decode(source.read(index), channels=None)
         except BadImage as bad:

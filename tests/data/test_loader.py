@@ -83,7 +83,9 @@ def test_each_sample_comes_once_an_epoch(n, batch_size, monkeypatch):
     assert [cursor for _, cursor in stream] == [batch_size * (i + 1) for i in range(num_batches)]
     ids = torch.cat([views.sample_ids for views, _ in stream]).tolist()
     assert ids[:n] != ids[n : 2 * n]
-    monkeypatch.setattr(loader, "permute", lambda index, n, key: (keyed.hash_key(index) % np.uint64(n)).astype(int))
+    monkeypatch.setattr(
+        "sslvit.data.order.permute", lambda index, n, key: (keyed.hash_key(index) % np.uint64(n)).astype(int)
+    )
     assert not once_an_epoch(take(make(Pictures(n), batch_size), num_batches), n)  # drawn with replacement: noticed
 
 
