@@ -14,6 +14,7 @@ from sslvit.encoder.config import EncoderConfig, Preprocessing
 from sslvit.encoder.vit import create_encoder, forward_tokens
 from sslvit.encoder.weights import init_encoder, load_encoder
 from sslvit.errors import InputError
+from sslvit.exports import reopen, verify
 from sslvit.exports.formats import FORMATS, write_formats
 from sslvit.objectives.config import DinoConfig
 from sslvit.objectives.pretraining import frozen_steps
@@ -33,6 +34,12 @@ RUN = {
     "precision": "fp32",
     "num_workers": 0,
 }
+
+
+@pytest.fixture(autouse=True)
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports are verified here, not in a fresh process: test_exports.py has that."""
+    monkeypatch.setattr(verify, "_run_process", reopen.main)
 
 
 def write_vit(folder: Path, name: str = "vit_tiny_patch16_224", seed: int = 1, **options: object) -> torch.nn.Module:
