@@ -54,7 +54,7 @@ def kinds(index: int) -> dict[str, bytes]:
         "float_tiff": saved(Image.fromarray(smooth[:, :, 0].astype(np.float32)), "TIFF"),
         "rgba": saved(Image.fromarray((smooth[:, :, :4] * 255).astype(np.uint8), "RGBA"), "PNG"),
         "rgb16_tiff": write_tiff((smooth[:, :, :3] * 65535).astype(np.uint16)),
-        "bands13": write_tiff((smooth * 65535).astype(np.uint16)),
+        "bands13": write_tiff((smooth * 3000 + 500).astype(np.uint16)),  # as satellites fill 16 bits
     }
 
 
@@ -73,14 +73,19 @@ def test_pretrained_on_measured_exported_and_judged(kind: str, tmp_path: Path) -
     encoder = TINY["encoder"] | ({"in_chans": 4} if kind == "rgba" else {})  # transparency is asked for by name
     run = sslvit.pretrain(data=str(data), output_dir=tmp_path / "run", **{**TINY, "encoder": encoder})
 
-    pixels = np.stack([decode(open_source(str(data)).read(i), channels=channels) for i in range(6)]) / 255
     stored = json.loads(next(run.rglob("statistics.json")).read_text())
+    assert (stored["value_range"] is not None) is (kind != "rgba")
+    source, values = open_source(str(data)), stored["value_range"]
+    pixels = np.stack([decode(source.read(i), channels=channels, value_range=values) for i in range(6)]) / 255
+    if values is not None:
+        assert pixels.min() == 0 and pixels.max() == 1, "the measured range fills the eight bits"
     np.testing.assert_allclose(stored["mean"], pixels.mean((0, 1, 2)), atol=2e-3)
     np.testing.assert_allclose(stored["std"], np.maximum(pixels.std((0, 1, 2)), 1e-3), atol=2e-3)
 
     loaded = load_encoder(str(run))
     assert loaded.preprocessing.mean == tuple(stored["mean"]) and loaded.preprocessing.size == (20, 30)
     assert loaded.config.size == (20, 30) and loaded.module.patch_embed.proj.in_channels == channels
+    assert json.loads(json.dumps(loaded.preprocessing.value_range)) == values
     assert load_encoder(str(run / "encoder")).preprocessing == loaded.preprocessing
     sslvit.embed(encoder=str(run), data=str(data), output_file=str(tmp_path / "features.npz"), num_workers=0)
     assert np.isfinite(np.load(tmp_path / "features.npz")["features"]).all()

@@ -16,13 +16,14 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from sslvit.data import crops as geometry
 from sslvit.data.config import CropsConfig, PhotometryConfig
-from sslvit.data.decode import BadFiles, BadImage, decode
+from sslvit.data.decode import BadFiles, BadImage, ValueRange, decode, deep_pixels
 from sslvit.data.keyed import hash_key
 from sslvit.data.order import Order, sample
 from sslvit.data.sources import Source
@@ -65,9 +66,15 @@ class DecodedImages:
     """The decoded images of a source, kept in memory when all of them fit; shared by the threads."""
 
     def __init__(
-        self, source: Source, channels: int | None, min_side: int | None, cache_bytes: int = CACHE_BYTES
+        self,
+        source: Source,
+        channels: int | None,
+        min_side: int | None,
+        cache_bytes: int = CACHE_BYTES,
+        value_range: ValueRange | None = None,
     ) -> None:
-        self._source, self._channels, self._min_side = source, channels, min_side
+        self._source = source
+        self._how: dict[str, Any] = {"channels": channels, "min_side": min_side, "value_range": value_range}
         self._budget = cache_bytes
         self._kept: dict[int, np.ndarray] | None = {}
         self._bytes = 0
@@ -78,7 +85,7 @@ class DecodedImages:
         kept = self._kept
         if kept is not None and (image := kept.get(index)) is not None:
             return image
-        image = decode(self._source.read(index), channels=self._channels, min_side=self._min_side)
+        image = decode(self._source.read(index), **self._how)
         if kept is not None:
             self._keep(index, image)
         return image
@@ -118,6 +125,7 @@ class Loader:
         bad_files: BadFiles | None = None,
         pin_memory: bool = False,
         cache_bytes: int = CACHE_BYTES,
+        value_range: ValueRange | None = None,
     ) -> None:
         if len(source) == 0:
             raise InputError(f"{source.spec} holds no images; point `data` at a folder or file that does")
@@ -129,7 +137,8 @@ class Loader:
         self._num_workers = default_workers() if num_workers is None else num_workers
         self._bad_files = BadFiles() if bad_files is None else bad_files
         self._pin_memory = pin_memory
-        self._images = DecodedImages(source, channels, geometry.min_side(crops, global_size), cache_bytes // world)
+        least = geometry.min_side(crops, global_size)
+        self._images = DecodedImages(source, channels, least, cache_bytes // world, value_range)
         self.cursor = 0
 
     def seek(self, cursor: int) -> None:
@@ -253,7 +262,7 @@ def clean_batches(
     """
     order = np.arange(len(source)) if indices is None else np.asarray(indices, np.int64)
     shorter = int(max(preprocessing.size) / preprocessing.crop_pct)
-    images = DecodedImages(source, preprocessing.channels, shorter, cache_bytes=0)
+    images = DecodedImages(source, preprocessing.channels, shorter, 0, preprocessing.value_range)
 
     def fill(ids: np.ndarray, report: Callable[[int], None]) -> tuple[list[torch.Tensor], list[int]]:
         made, kept = [], []
@@ -281,13 +290,43 @@ def clean_batches(
                 yield torch.stack(made), np.array(kept, np.int64)
 
 
-def measure_statistics(source: Source, channels: int, n: int = 1000) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def measure_range(source: Source, n: int = 200) -> ValueRange | None:
+    """Per band the 0.1th and 99.9th percentile of up to `n` images deeper than 8 bits; None when there are none.
+
+    Such files seldom use what their bits could say (a satellite's 12 bits in 16, floats of any unit), and a range of
+    each image's own would make dark and bright ones look alike. Red, green and blue share one: colours stay.
+    """
+    taken: list[np.ndarray] = []
+    for index in sample(source, n, _STATISTICS).tolist():
+        try:
+            pixels = deep_pixels(source.read(index))
+        except (BadImage, OSError):
+            continue
+        if pixels is not None and (not taken or _bands(pixels) == taken[0].shape[1]):
+            values = pixels.reshape(-1, _bands(pixels))
+            taken.append(values[:: max(1, len(values) // 10_000)].astype(np.float32))
+    if not taken:
+        return None
+    values = np.nan_to_num(np.concatenate(taken), nan=0.0, posinf=0.0, neginf=0.0)
+    low, high = np.percentile(values, (0.1, 99.9), axis=0)
+    if len(low) == 3:
+        low[:], high[:] = low.min(), high.max()
+    return tuple(low.tolist()), tuple(high.tolist())
+
+
+def _bands(pixels: np.ndarray) -> int:
+    return 1 if pixels.ndim == 2 else pixels.shape[2]
+
+
+def measure_statistics(
+    source: Source, channels: int, n: int = 1000, value_range: ValueRange | None = None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(mean, std) per channel on the 0..1 scale over the pixels of up to `n` images drawn by a fixed key.
 
     Every image weighs the same whatever its size; unreadable ones are passed over.
     """
     chosen = sample(source, n, _STATISTICS)
-    images = DecodedImages(source, channels, 64, cache_bytes=0)
+    images = DecodedImages(source, channels, 64, 0, value_range)
     moments = []
     for index in chosen.tolist():
         try:

@@ -43,6 +43,7 @@ class Preprocessing:
     """What an encoder wants to see: resized in proportion until it covers size / crop_pct, centre crop, normalise.
 
     mean and std are per channel on the 0..1 scale; image_size, and image_width where it differs, are in pixels.
+    value_range is what becomes 0 and 1 of pixels deeper than 8 bits: (lows, highs), per channel; None: as decode.py says.
     """
 
     image_size: int
@@ -51,6 +52,7 @@ class Preprocessing:
     interpolation: str = "bicubic"
     crop_pct: float = 1.0
     image_width: int | None = None
+    value_range: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
     @property
     def size(self) -> tuple[int, int]:

@@ -291,6 +291,9 @@ def _from_timm_folder(path: Path, config: dict[str, Any], spec: str) -> LoadedEn
     loaded = _assemble(architecture, tensors, Preprocessing(0), spec)
     cfg = config.get("pretrained_cfg", {})
     preprocessing = _preprocessing_of_timm(cfg, loaded.module)
+    if (path / "preprocessor_config.json").is_file():
+        values = _value_range(_read_json(path / "preprocessor_config.json"))
+        preprocessing = replace(preprocessing, value_range=values)
     return replace(loaded, preprocessing=preprocessing, license=cfg.get("license") or _license(path))
 
 
@@ -401,7 +404,14 @@ def _metadata(path: Path) -> dict[str, Any] | None:
 
 
 def _preprocessing(facts: Mapping[str, Any]) -> Preprocessing:
-    return Preprocessing(**{**facts, "mean": tuple(facts["mean"]), "std": tuple(facts["std"])})
+    statistics = {"mean": tuple(facts["mean"]), "std": tuple(facts["std"])}
+    return Preprocessing(**{**facts, **statistics, "value_range": _value_range(facts)})
+
+
+def _value_range(facts: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """What we store of it: `value_range`, lows and highs."""
+    stored = facts.get("value_range")
+    return None if stored is None else (tuple(map(float, stored[0])), tuple(map(float, stored[1])))
 
 
 def _default_preprocessing(architecture: Architecture) -> Preprocessing:
@@ -438,6 +448,7 @@ def _preprocessing_of_hf(path: Path, default: Preprocessing) -> Preprocessing:
         interpolation=_RESAMPLING.get(config.get("resample", 3), "bicubic"),
         crop_pct=float(config.get("crop_pct") or (cropped / resized if cropped else 1.0)),
         image_width=_width((crop.get("height"), crop.get("width"))) if cropped and isinstance(crop, dict) else None,
+        value_range=_value_range(config),
     )
 
 

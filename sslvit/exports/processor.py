@@ -31,4 +31,5 @@ def image_processor_config(preprocessing: Preprocessing) -> dict[str, Any]:
         "image_mean": list(preprocessing.mean),
         "image_std": list(preprocessing.std),
         "do_convert_rgb": preprocessing.channels == 3,
+        **({"value_range": preprocessing.value_range} if preprocessing.value_range else {}),  # for our own loader
     }

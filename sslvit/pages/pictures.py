@@ -196,7 +196,8 @@ def draw_sample(source: Source, encoder: LoadedEncoder, places: Sequence[int] | 
         if len(kept) == at_most:
             break
         try:
-            image = decode(source.read(place), channels=encoder.preprocessing.channels)
+            how = encoder.preprocessing
+            image = decode(source.read(place), channels=how.channels, value_range=how.value_range)
         except (BadImage, OSError):
             continue
         kept.append(place)

@@ -33,6 +33,7 @@ def crop_batches(
         min(batch_size, len(rows)),
         seed=seed,
         num_workers=examples.extraction.num_workers,
+        value_range=preprocessing.value_range,
     )
     for views, _ in loader:
         yield views.global_crops, rows[views.sample_ids.numpy()]

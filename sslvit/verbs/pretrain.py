@@ -17,7 +17,7 @@ import torch
 from sslvit import distributed
 from sslvit.config import PretrainConfig, as_dict, check_config, load_config
 from sslvit.data.decode import BadFiles, BadImage, decode
-from sslvit.data.loader import Loader, measure_statistics
+from sslvit.data.loader import Loader, measure_range, measure_statistics
 from sslvit.data.order import sample
 from sslvit.data.sources import Source, open_source
 from sslvit.encoder.config import Preprocessing
@@ -74,7 +74,7 @@ def _run(config: PretrainConfig, folder: RunFolder, device: torch.device) -> Non
     folder.write_resolved(resolved, reasons)
     preprocessing = _preprocessing(resolved, source, folder, teacher or init)
     module = build(resolved, preprocessing, init, teacher).to(device)
-    loader = _loader(resolved, source, bad_files, device)
+    loader = _loader(resolved, source, bad_files, device, preprocessing)
     optim = resolved.optim
     groups = param_groups(module, optim.weight_decay, _required(optim.layer_decay), encoder_prefix="student.")
     optimizer = adamw(groups, lr=_required(optim.lr), betas=(optim.beta1, _required(optim.beta2)))
@@ -191,19 +191,22 @@ def measure_facts(source: Source, device: str, channels: int | None, num_probed:
 def _preprocessing(
     config: PretrainConfig, source: Source, folder: RunFolder, given: LoadedEncoder | None
 ) -> Preprocessing:
-    """Mean and std: those the weights it starts from expect; else measured once on the images and kept for resume."""
+    """Mean, std and range: those the weights it starts from expect, else measured once on the images and kept."""
     height, width = config.encoder.size
     channels = _required(config.encoder.in_chans)
     if given is not None and given.preprocessing.channels == channels:
-        mean, std = given.preprocessing.mean, given.preprocessing.std
+        mean, std, values = given.preprocessing.mean, given.preprocessing.std, given.preprocessing.value_range
     else:
         stored = folder.read_json("statistics.json") if distributed.is_main() else None
         if stored is None and distributed.is_main():
-            stored = dict(zip(("mean", "std"), map(list, measure_statistics(source, channels)), strict=True))
+            values = measure_range(source)
+            mean, std = measure_statistics(source, channels, value_range=values)
+            stored = {"mean": mean, "std": std, "value_range": values}
             folder.write_json("statistics.json", stored)
         stored = distributed.broadcast_object(stored)
         mean, std = tuple(stored["mean"]), tuple(stored["std"])
-    return Preprocessing(height, mean, std, image_width=None if width == height else width)
+        values = stored["value_range"] and (tuple(stored["value_range"][0]), tuple(stored["value_range"][1]))
+    return Preprocessing(height, mean, std, image_width=None if width == height else width, value_range=values)
 
 
 def build(
@@ -223,7 +226,9 @@ def build(
     return Pretraining(config, preprocessing, encoder, distilled)
 
 
-def _loader(config: PretrainConfig, source: Source, bad_files: BadFiles, device: torch.device) -> Loader:
+def _loader(
+    config: PretrainConfig, source: Source, bad_files: BadFiles, device: torch.device, preprocessing: Preprocessing
+) -> Loader:
     ranks = distributed.world_size()
     batch, share = _required(config.batch_size), ranks * config.accumulate
     if batch % share:
@@ -241,6 +246,7 @@ def _loader(config: PretrainConfig, source: Source, bad_files: BadFiles, device:
         num_workers=config.num_workers,
         bad_files=bad_files,
         pin_memory=device.type == "cuda",
+        value_range=preprocessing.value_range,
     )
 
 

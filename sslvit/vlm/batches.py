@@ -66,7 +66,8 @@ class PairImages:
         if index in self._bad:
             raise BadImage(self._bad[index])
         try:
-            pixels = decode(self.pairs.read(index), channels=self.preprocessing.channels)
+            how = self.preprocessing
+            pixels = decode(self.pairs.read(index), channels=how.channels, value_range=how.value_range)
         except (BadImage, OSError) as error:
             self._bad[index] = str(error)
             self.bad_files.add(self.pairs.name(index), str(error))

@@ -16,7 +16,7 @@ from PIL import Image
 from sslvit.data import crops, keyed, loader, workers
 from sslvit.data.config import CropsConfig, PhotometryConfig
 from sslvit.data.decode import BadFiles, BadImage
-from sslvit.data.loader import Loader, clean_batches, measure_statistics
+from sslvit.data.loader import Loader, clean_batches, measure_range, measure_statistics
 from sslvit.encoder.config import Preprocessing
 from sslvit.errors import InputError, Resumable
 
@@ -350,3 +350,21 @@ def test_measure_statistics_are_those_of_the_pixels():
     assert few == measure_statistics(source, 2, n=10) and few != (mean, std)
     with pytest.raises(InputError, match="none of"):
         measure_statistics(Pictures(5, bad=range(5)), 3)
+
+
+def test_the_range_is_measured_per_band_over_the_set():
+    source = Pictures(30, channels=2)
+    assert measure_range(source) is None  # eight bits
+    source.images = source.images.astype(np.uint16) * np.array([4, 16], np.uint16) + np.uint16(7)
+    low, high = measure_range(source)
+    wanted = np.percentile(source.images.reshape(-1, 2), (0.1, 99.9), axis=0)
+    np.testing.assert_allclose([low, high], wanted, rtol=0.02, atol=8)
+    colours = Pictures(30)
+    colours.images = colours.images.astype(np.uint16) * np.array([4, 16, 1], np.uint16)
+    lows, highs = measure_range(colours)
+    assert len(set(lows)) == len(set(highs)) == 1 and highs[0] > 4000  # or their colours would change
+    mean, std = measure_statistics(source, 2, value_range=(low, high))
+    np.testing.assert_allclose(mean, 0.5, atol=0.02)  # uniform values fill their range
+    np.testing.assert_allclose(std, 12**-0.5, atol=0.02)
+    views, _ = take(make(source, channels=2, value_range=(low, high)), 1)[0]
+    assert views.global_crops.max() > 240 and take(make(source, channels=2), 1)[0][0].global_crops.max() < 20
