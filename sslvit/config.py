@@ -71,7 +71,9 @@ class OptimConfig:
     beta1: float = 0.9
     beta2: float | None = None  # auto: .95 for MAE alone, else .999
     clip_norm: float = 3.0  # global norm; 0: off
-    layer_decay: float = 1.0
+    layer_decay: float | None = None  # each layer's rate over that of the one above it; auto: 1, .75 with init
+    freeze_encoder: float | None = None  # share of the run that trains new heads alone; auto: 0, .1 with init
+    heads_lr: float | None = None  # peak while the encoder stands still; auto: the published rule
     momentum: float | None = None  # the teacher's at the start; auto: from the half-life in images
     momentum_end: float = 1.0
 
@@ -87,6 +89,7 @@ class PretrainConfig:
     accumulate: int = 1  # micro-batches per step
     seed: int = 0
     init: str | None = None  # an encoder E to start from; None: random
+    teacher: str | None = None  # an encoder E that is distilled, frozen; None: the student's own moving average
     device: str | None = None
     precision: str | None = None  # bf16 | fp32
     num_workers: int | None = None
@@ -469,6 +472,7 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
 _AT_LEAST_1 = frozenset(
     (
         *("batch_size", "accumulate", "keep", "num_images", "patch_size", "image_size", "local_size", "in_chans"),
+        *("image_width", "local_width"),
         *("num_global", "embed_dim", "depth", "num_heads", "num_prototypes", "head_hidden_dim", "head_bottleneck_dim"),
         *("num_teacher_views", "num_views", "decoder_dim", "decoder_depth", "decoder_num_heads"),
         *("vocab_size", "hidden_size", "num_layers", "intermediate_size", "max_length", "rank"),
@@ -483,11 +487,12 @@ _NOT_NEGATIVE = frozenset(
 _SHARES = frozenset(
     (
         *("warmup", "teacher_temperature_warmup", "freeze_last_layer", "center_momentum", "momentum", "momentum_end"),
-        *("max_bad_rate", "mask_ratio_min", "mask_ratio_max", "layer_decay", "dropout"),
+        *("max_bad_rate", "mask_ratio_min", "mask_ratio_max", "layer_decay", "dropout", "freeze_encoder", "max_drop"),
     )
 )
 _DEVICES = r"(cpu|cuda|mps|xpu)(:\d+)?"
 _CENTERINGS = ("softmax", "sinkhorn")
+_ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 
 
 def check_config(config: PretrainConfig | AlignConfig | EvaluateConfig | EmbedConfig) -> None:
@@ -574,12 +579,22 @@ def _check_pretrain(config: PretrainConfig) -> None:
     _check_crops(config.crops)
     _check_objectives(config)
     patch = config.encoder.patch_size
-    sizes = {"encoder.image_size": config.encoder.image_size, "crops.local_size": config.crops.local_size}
+    sizes = {
+        "encoder.image_size": config.encoder.image_size,
+        "encoder.image_width": config.encoder.image_width,
+        "crops.local_size": config.crops.local_size,
+        "crops.local_width": config.crops.local_width,
+    }
     for key, size in sizes.items():
         if patch and size and size % patch:
             fit = max(patch, round(size / patch) * patch)
             raise InputError(f"{key}={size} is no multiple of encoder.patch_size={patch}; try {key}={fit}")
     _check_heads("encoder.num_heads", config.encoder.num_heads, "encoder.embed_dim", config.encoder.embed_dim)
+    if config.encoder.act_layer not in (None, *_ACTIVATIONS):
+        near = _nearest(str(config.encoder.act_layer), _ACTIVATIONS)
+        raise InputError(f"encoder.act_layer is {config.encoder.act_layer!r}; it is {', '.join(_ACTIVATIONS)}{near}")
+    if config.teacher and config.dino is None and config.ibot is None:
+        raise InputError("teacher is read by dino and ibot, and neither is switched on; give dino={}")
     if config.batch_size is not None and config.batch_size % config.accumulate:
         raise InputError(f"batch_size={config.batch_size} is no multiple of accumulate={config.accumulate}")
 

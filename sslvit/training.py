@@ -86,6 +86,8 @@ class Progress:
     best_step: int | None = None
     bad_steps: list[str] = field(default_factory=list)
     watch: dict[str, float] = field(default_factory=dict)
+    first_value: float | None = None  # of what `best` names, at step 0
+    last_value: float | None = None
 
 
 def train(
@@ -112,6 +114,7 @@ def train(
     best: str | None = None,
     watch: Watch | None = None,
     prepare: Callable[[list[Any], int], None] | None = None,
+    max_drop: float = math.inf,
     stage: str = "",
 ) -> Progress:
     """Trains `module` (a Trainable) to `steps`, from `folder/checkpoints` if it holds a checkpoint.
@@ -121,7 +124,9 @@ def train(
     same autocast. precision: "fp32" or "bf16" (autocast). `meta` is stored in every checkpoint; every
     `milestone_every` steps (0: never) one is kept for good beside the newest `keep`.
     periodic(step) runs at step 0, every `periodic_every` steps and at the end, on all processes; its values are logged,
-    and while `best` names one of them, the step where it was largest keeps its checkpoint (best.json).
+    and while `best` names one of them, the step where it was largest keeps its checkpoint (best.json). Once that value
+    is more than `max_drop` below what it was at the start, the run ends and goes back to its best checkpoint; with a
+    finite `max_drop` it also does so when it ends below its start.
     watch(line, memory) answers to every line with alarms, {name: text}; its memory goes through checkpoints.
 
     A step whose loss or gradient is not finite is skipped on all processes alike; three in a row roll back to the last
@@ -186,6 +191,9 @@ def train(
             if due or improved or progress.step == steps:
                 progress.good_step = progress.step
                 saver.save(progress)
+            if _has_fallen(progress, max_drop, ended=progress.step == steps):
+                saver.keep_best(progress, str(best))
+                break
         saver.close()
     except BaseException:
         saver.abandon()
@@ -336,6 +344,18 @@ class _Saver:
         assert chosen is not None, "every run begins with a checkpoint of step 0"
         return chosen
 
+    def keep_best(self, progress: Progress, name: str) -> None:
+        """Drops the checkpoints after the best one: whoever opens the run next gets that."""
+        self.close()
+        assert progress.best_step is not None
+        if distributed.is_main():
+            drop_checkpoints_after(self.root, progress.best_step)
+        self.metrics.say(
+            f"{name} fell from {progress.first_value:.4f} at the start to {progress.last_value:.4f} at step "
+            f"{progress.step}: the run ends and keeps step {progress.best_step}, where it was "
+            f"{progress.best_value:.4f}; lower optim.lr, or raise knn.max_drop to go on in spite of that"
+        )
+
     def close(self) -> None:
         """Waits for the writer; every process learns whether it succeeded."""
         if self.saving is not None:
@@ -355,6 +375,13 @@ class _Saver:
         if self.saving is not None:
             with contextlib.suppress(Exception):
                 self.saving.join()
+
+
+def _has_fallen(progress: Progress, max_drop: float, ended: bool) -> bool:
+    """Whether the watched value is too far below its start; at the end of a watched run, below it at all."""
+    if progress.first_value is None or progress.last_value is None or not math.isfinite(max_drop):
+        return False
+    return progress.last_value < progress.first_value - (0.0 if ended else max_drop)
 
 
 def _step_of(path: Path) -> int:
@@ -453,6 +480,9 @@ def _evaluate(
         _say_alarms(watch, metrics, progress, {"step": progress.step, **values})
     if best is None or best not in values or not math.isfinite(values[best]):
         return False
+    progress.last_value = values[best]
+    if progress.step == 0:
+        progress.first_value = values[best]
     if progress.best_value is not None and values[best] <= progress.best_value:
         return False
     progress.best_value, progress.best_step = values[best], progress.step

@@ -1,15 +1,13 @@
-"""Random resized crops and flips of one decoded image, and the keyed randomness that every part of the data shares.
+"""Random resized crops and flips of one decoded image.
 
 Multi-crop of DINO (arXiv:2104.14294, section 3.1) with torchvision's `RandomResizedCrop` rule: ten tries, then the
-largest centre crop of an allowed ratio. All uint8; colour is in `photometry.py`.
-
-Randomness is a function: `uniforms(seed, epoch, sample, view, n)` is SplitMix64 (Steele, Lea, Flood, OOPSLA 2014)
-started from a hash of its key, computed for a whole batch at once, and the same on any machine and NumPy.
+largest centre crop of an allowed ratio. All uint8; colour is in `photometry.py`, the draws come from `keyed.py`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,45 +16,14 @@ import torch.nn.functional as F
 
 from sslvit.data import photometry
 from sslvit.data.config import CropsConfig, PhotometryConfig
+from sslvit.data.keyed import uniforms
 from sslvit.encoder.config import Preprocessing
 
 Size = int | tuple[int, int]  # pixels: a side, or (height, width)
 
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _NUM_TRIES = 10
 _CROP_UNIFORMS = 2 * _NUM_TRIES + 3
 _VIEW_UNIFORMS = _CROP_UNIFORMS + photometry.NUM_UNIFORMS
-
-
-def splitmix(z: np.ndarray) -> np.ndarray:
-    """The output function of SplitMix64: a bijection of uint64 arrays, each input bit moves half of the output bits."""
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
-def hash_key(*parts: int | np.ndarray) -> np.ndarray:
-    """uint64 hashes of integer keys; array parts broadcast, so one call keys a whole batch."""
-    state = np.zeros(1, np.uint64)
-    for part in parts:
-        words = np.atleast_1d(np.asarray(part, np.int64)).astype(np.uint64)
-        state = splitmix((state + GOLDEN) ^ splitmix(words + GOLDEN))
-    return state
-
-
-def uniforms(
-    seed: int, epoch: int | np.ndarray, sample: int | np.ndarray, view: int | np.ndarray, count: int
-) -> np.ndarray:
-    """(..., count) float64 in [0, 1) from the key; `...` is the broadcast shape of the key's array parts."""
-    state = hash_key(seed, epoch, sample, view)
-    steps = np.arange(1, count + 1, dtype=np.uint64) * GOLDEN
-    values = (splitmix(state[..., None] + steps) >> np.uint64(11)) * 2.0**-53
-    return values if any(np.ndim(part) for part in (epoch, sample, view)) else values[0]
-
-
-def rng(seed: int, epoch: int, sample: int, view: int) -> np.random.Generator:
-    """A NumPy generator from the same key, for draws of unknown number."""
-    return np.random.Generator(np.random.Philox(key=hash_key(seed, epoch, sample, view)[0]))
 
 
 def height_width(size: Size) -> tuple[int, int]:
@@ -94,7 +61,7 @@ def min_side(crops: CropsConfig, global_size: Size) -> int:
     kinds = [(max(height_width(global_size)), crops.global_scale[0])]
     if crops.num_local:
         assert crops.local_size is not None
-        kinds.append((crops.local_size, crops.local_scale[0]))
+        kinds.append((max(crops.local_shape), crops.local_scale[0]))
     narrowest = min(crops.ratio[0], 1 / crops.ratio[1])
     return max(math.ceil(size / math.sqrt(scale * narrowest)) for size, scale in kinds)
 
@@ -110,6 +77,7 @@ class ViewPlan:
 
 def plan_views(
     sizes: np.ndarray,
+    sides: Sequence[tuple[int, int]],
     crops: CropsConfig,
     colours: PhotometryConfig,
     channels: int,
@@ -119,6 +87,8 @@ def plan_views(
 ) -> tuple[ViewPlan, ViewPlan]:
     """Plans of the global and of the local views for images of `sizes` (B, 2), keyed by epochs (B,) and samples (B,).
 
+    `sides` are (height, width) of both kinds: `crops.ratio` is that of a box to the view it becomes, so that views that
+    are no squares are stretched no more than squares are.
     View v of the key counts the global views first, then the local ones.
     """
     assert crops.num_local is not None and crops.global_scale is not None
@@ -126,14 +96,22 @@ def plan_views(
     u = uniforms(seed, epochs[:, None], samples[:, None], views, _VIEW_UNIFORMS)
     split = crops.num_global
     return (
-        _plan_kind(u[:, :split], sizes, crops, crops.global_scale, colours, "global", channels),
-        _plan_kind(u[:, split:], sizes, crops, crops.local_scale, colours, "local", channels),
+        _plan_kind(
+            u[:, :split], sizes, _ratio(crops, sides[0]), crops, crops.global_scale, colours, "global", channels
+        ),
+        _plan_kind(u[:, split:], sizes, _ratio(crops, sides[1]), crops, crops.local_scale, colours, "local", channels),
     )
+
+
+def _ratio(crops: CropsConfig, side: tuple[int, int]) -> tuple[float, float]:
+    aspect = side[1] / side[0] if side[0] else 1.0
+    return crops.ratio[0] * aspect, crops.ratio[1] * aspect
 
 
 def _plan_kind(
     u: np.ndarray,
     sizes: np.ndarray,
+    ratio: tuple[float, float],
     crops: CropsConfig,
     scale: list[float],
     colours: PhotometryConfig,
@@ -142,9 +120,7 @@ def _plan_kind(
 ) -> ViewPlan:
     batch, num_views = u.shape[:2]
     height, width = (np.broadcast_to(side[:, None], (batch, num_views)) for side in (sizes[:, 0], sizes[:, 1]))
-    boxes = crop_boxes(
-        u[..., : _CROP_UNIFORMS - 1], height, width, (scale[0], scale[1]), (crops.ratio[0], crops.ratio[1])
-    )
+    boxes = crop_boxes(u[..., : _CROP_UNIFORMS - 1], height, width, (scale[0], scale[1]), ratio)
     rows = np.empty((num_views, batch, photometry.NUM_PARAMETERS), np.float32)
     for view in range(num_views):
         rows[view] = photometry.draw(u[:, view, _CROP_UNIFORMS:], colours, kind, view, channels)
@@ -192,10 +168,10 @@ def make_views(
 ) -> SampleViews:
     """The views that the loader would make of this decoded image (H, W, C) uint8, alone."""
     channels = image.shape[2]
+    sides = (height_width(global_size), crops.local_shape)
     plans = plan_views(
-        np.array([image.shape[:2]]), crops, colours, channels, seed, np.array([epoch]), np.array([sample])
+        np.array([image.shape[:2]]), sides, crops, colours, channels, seed, np.array([epoch]), np.array([sample])
     )
-    sides = (height_width(global_size), height_width(crops.local_size or 0))
     cut = []
     for plan, side in zip(plans, sides, strict=True):
         views = torch.empty(len(plan.photometry), channels, *side, dtype=torch.uint8)
@@ -206,18 +182,19 @@ def make_views(
 
 
 def eval_transform(image: np.ndarray, preprocessing: Preprocessing) -> torch.Tensor:
-    """An image (H, W, C) uint8 as an encoder wants to see it, before normalisation: (C, size, size) uint8.
+    """An image (H, W, C) uint8 as an encoder wants to see it, before normalisation: (C, height, width) uint8.
 
-    The shorter side goes to image_size / crop_pct, the longer one in proportion, then the centre is cut (as timm does).
+    It is resized in proportion until it just covers size / crop_pct (for squares: the shorter side goes there), then
+    the centre is cut (as timm does).
     """
-    side = preprocessing.image_size
-    shorter = math.floor(side / preprocessing.crop_pct)
+    rows, columns = preprocessing.size
+    least_height, least_width = (math.floor(side / preprocessing.crop_pct) for side in (rows, columns))
     height, width = image.shape[:2]
-    if height <= width:
-        new_height, new_width = shorter, int(shorter * width / height)
+    if least_height * width >= least_width * height:
+        new_height, new_width = least_height, least_height * width // height
     else:
-        new_height, new_width = int(shorter * height / width), shorter
+        new_height, new_width = least_width * height // width, least_width
     pixels = _as_tensor(image)
     resized = resize(pixels, new_height, new_width, preprocessing.interpolation)[0]
-    top, left = round((new_height - side) / 2), round((new_width - side) / 2)
-    return resized[:, top : top + side, left : left + side].contiguous()
+    top, left = round((new_height - rows) / 2), round((new_width - columns) / 2)
+    return resized[:, top : top + rows, left : left + columns].contiguous()

@@ -4,7 +4,8 @@ It never resizes (except by JPEG's own reduced scales, when allowed) and never g
 
 - EXIF orientation is applied. Animations and multi-page files give their first frame.
 - Transparency is composited on white, unless as many channels are asked for as the file has with its alpha.
-- 16-bit values v become round(v / 257). Floats within 0..1 become 255 v, those within 0..255 are kept. Any other range,
+- Of pixels deeper than 8 bits, a given range (low, high) becomes 0..255: the same in every image. Without one, 16-bit
+  values v become round(v / 257), floats within 0..1 become 255 v, those within 0..255 are kept, and any other range,
   and signed or 32-bit integers, are stretched from their 0.5th..99.5th percentile over the image. NaN, infinity are 0.
 - Every band of a multi-band TIFF is a channel (tiff.py); all bands are scaled alike.
 - CMYK, YCbCr, HSV and LAB become RGB; RGB becomes grey by BT.601 luma, grey becomes RGB by repetition.
@@ -25,8 +26,9 @@ from PIL import Image, ImageCms
 from sslvit.data import tiff
 from sslvit.data.bad_files import BadFiles, BadImage
 
-__all__ = ["BadFiles", "BadImage", "decode", "describe"]
+__all__ = ["BadFiles", "BadImage", "ValueRange", "decode", "deep_pixels", "describe"]
 
+ValueRange = tuple[tuple[float, ...], tuple[float, ...]]  # lows and highs, per channel
 MAX_PIXELS = 50_000_000
 
 # What Pillow may open: the common ones, then by name, so that formats without a signature (TGA) are tried late.
@@ -49,6 +51,7 @@ def decode(
     channels: int | None = 3,
     max_pixels: int = MAX_PIXELS,
     min_side: int | None = None,
+    value_range: ValueRange | None = None,
 ) -> np.ndarray:
     """Decodes one image.
 
@@ -57,6 +60,7 @@ def decode(
         channels: C of the result; 1 and 3 convert into each other. None: the file's own count, without alpha.
         max_pixels: H x W above this is refused unread.
         min_side: a JPEG may be decoded at a reduced scale whose shorter side is still at least this many pixels.
+        value_range: what becomes 0 and 255 of pixels deeper than 8 bits.
 
     Returns:
         (H, W, C) uint8, C-contiguous.
@@ -65,7 +69,7 @@ def decode(
         BadImage: the reason in words; whatever the bytes are, nothing else is raised.
     """
     if isinstance(data, np.ndarray):
-        return _fit_channels(_array_to_uint8(data, max_pixels), channels)
+        return _fit_channels(_array_to_uint8(data, max_pixels, value_range), channels)
     if not data:
         raise BadImage("the file is empty")
     try:
@@ -75,12 +79,31 @@ def decode(
                 return image
         bands = tiff.read_header(data)
         if bands is not None:
-            return _decode_bands(data, bands, channels, max_pixels)
-        return _decode_with_pillow(data, channels, max_pixels)
+            return _decode_bands(data, bands, channels, max_pixels, value_range)
+        return _decode_with_pillow(data, channels, max_pixels, value_range)
     except BadImage:
         raise
     except Exception as error:  # broken files make Pillow raise SyntaxError, struct.error, TypeError, OverflowError ...
         raise BadImage(_reason(error, data)) from error
+
+
+def deep_pixels(data: bytes | np.ndarray, max_pixels: int = MAX_PIXELS) -> np.ndarray | None:
+    """(H, W) or (H, W, C) of 16 bits, of larger integers or of floats as they are in the file; None otherwise."""
+    try:
+        if isinstance(data, np.ndarray):
+            pixels = data
+        elif (bands := tiff.read_header(data)) is not None:
+            _check_size(bands.width, bands.height, max_pixels)
+            pixels = tiff.read_pixels(data, bands)
+        else:
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                if not image.mode.startswith(("I", "F")):
+                    return None
+                _check_size(image.width, image.height, max_pixels)
+                pixels = np.asarray(image)
+    except Exception:  # whatever is wrong with it, decode says it
+        return None
+    return pixels if pixels.dtype.kind in "iuf" and pixels.dtype != np.uint8 else None
 
 
 def describe(data: bytes | np.ndarray) -> tuple[str, int]:
@@ -181,15 +204,19 @@ def _orient(image: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(image)
 
 
-def _decode_bands(data: bytes, header: tiff.Header, channels: int | None, max_pixels: int) -> np.ndarray:
+def _decode_bands(
+    data: bytes, header: tiff.Header, channels: int | None, max_pixels: int, value_range: ValueRange | None
+) -> np.ndarray:
     _check_size(header.width, header.height, max_pixels)
     pixels = tiff.read_pixels(data, header)
     if header.is_rgb and channels in (1, 3):
         pixels = pixels[:, :, :3]  # what follows red, green and blue is extra
-    return _fit_channels(_orient(_array_to_uint8(pixels), header.orientation), channels)
+    return _fit_channels(_orient(_array_to_uint8(pixels, None, value_range), header.orientation), channels)
 
 
-def _decode_with_pillow(data: bytes, channels: int | None, max_pixels: int) -> np.ndarray:
+def _decode_with_pillow(
+    data: bytes, channels: int | None, max_pixels: int, value_range: ValueRange | None
+) -> np.ndarray:
     if data[:2] == b"\xff\xd8" and not data.endswith(b"\xff\xd9"):
         data += b"\xff\xd9"
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
@@ -197,7 +224,7 @@ def _decode_with_pillow(data: bytes, channels: int | None, max_pixels: int) -> n
         if image.format in _SLOW_FORMATS and image.width * image.height > _SLOW_MAX_PIXELS:
             raise BadImage(f"{image.width} x {image.height} pixels are too many for the format {image.format}")
         image.load()
-        return _fit_channels(_orient(_pixels(image, channels), _pillow_orientation(image)), channels)
+        return _fit_channels(_orient(_pixels(image, channels, value_range), _pillow_orientation(image)), channels)
 
 
 def _pillow_orientation(image: Image.Image) -> int:
@@ -208,13 +235,13 @@ def _pillow_orientation(image: Image.Image) -> int:
     return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
 
 
-def _pixels(image: Image.Image, channels: int | None) -> np.ndarray:
+def _pixels(image: Image.Image, channels: int | None, value_range: ValueRange | None) -> np.ndarray:
     """A loaded Pillow image as (H, W, C) uint8, alpha composited unless `channels` counts it."""
     mode = image.mode
     if mode == "I" and image.format in ("PNG", "PPM"):  # 16-bit values in 32-bit pixels
-        return _array_to_uint8(np.asarray(image).clip(0, 65535).astype(np.uint16))
+        return _array_to_uint8(np.asarray(image).clip(0, 65535).astype(np.uint16), None, value_range)
     if mode == "F" or mode.startswith("I"):
-        return _array_to_uint8(np.asarray(image))
+        return _array_to_uint8(np.asarray(image), None, value_range)
     if mode == "LAB":
         lab = ImageCms.createProfile("LAB")
         transform = ImageCms.buildTransform(lab, ImageCms.createProfile("sRGB"), "LAB", "RGB")
@@ -238,7 +265,7 @@ def _pixels(image: Image.Image, channels: int | None) -> np.ndarray:
     return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
 
-def _array_to_uint8(array: np.ndarray, max_pixels: int | None = None) -> np.ndarray:
+def _array_to_uint8(array: np.ndarray, max_pixels: int | None, value_range: ValueRange | None) -> np.ndarray:
     """Any numeric (H, W) or (H, W, C) to (H, W, C) uint8, by the rules at the top."""
     if array.ndim not in (2, 3) or 0 in array.shape:
         raise BadImage(f"an array of shape {array.shape} is no image (H, W) or (H, W, C)")
@@ -250,11 +277,23 @@ def _array_to_uint8(array: np.ndarray, max_pixels: int | None = None) -> np.ndar
         return array
     if array.dtype == np.bool_:
         return array.astype(np.uint8) * np.uint8(255)
+    if value_range is not None and array.dtype.kind in "iuf":
+        return _scale(array, value_range)
     if array.dtype.kind == "u" and array.dtype.itemsize == 2:
         return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
     if array.dtype.kind not in "iuf":
         raise BadImage(f"an array of {array.dtype} is no image")
     return _stretch(array)
+
+
+def _scale(array: np.ndarray, value_range: ValueRange) -> np.ndarray:
+    """Each band from its range; all from the widest where there are other bands than ranges."""
+    low, high = (np.array(values, np.float32) for values in value_range)
+    if len(low) != array.shape[2]:
+        low, high = low.min(keepdims=True), high.max(keepdims=True)
+    values = np.nan_to_num(array.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
+    values = (values - low) * (255.0 / np.maximum(high - low, np.finfo(np.float32).tiny))
+    return np.rint(np.clip(values, 0, 255)).astype(np.uint8)
 
 
 def _stretch(array: np.ndarray) -> np.ndarray:

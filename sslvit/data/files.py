@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from sslvit.data.bad_files import BadImage
+from sslvit.data.remote import is_remote, remote_matches
 from sslvit.errors import InputError
 
 MAX_FILE_BYTES = 1 << 30
@@ -133,15 +134,18 @@ def split_options(rest: str, allowed: Sequence[str]) -> tuple[str, dict[str, str
     return path, options
 
 
-def expand(pattern: str, suffixes: Sequence[str]) -> list[bytes]:
+def expand(pattern: str, suffixes: Sequence[str], *, remote: bool = False) -> list[bytes]:
     """The files of a comma-separated list of paths, globs and `{00..03}` ranges: sorted within an item, each once.
 
-    A folder stands for the files below it with one of the suffixes. Raises InputError for an item without a file.
+    A folder stands for the files below it with one of the suffixes. Raises InputError for an item without a file. URLs
+    are told apart by their `://`, where `remote` files can be read.
     """
     found: dict[bytes, None] = {}
     listed = [pattern] if os.path.lexists(pattern) else _split_commas(pattern)
     for item in (expanded for part in listed for expanded in _expand_braces(part)):
-        matches = _matches(item, suffixes)
+        if is_remote(item) and not remote:
+            raise InputError(f"{item!r} is a URL: only tar shards are read from afar, as in tar:{item}")
+        matches = remote_matches(item, suffixes) if is_remote(item) else _matches(item, suffixes)
         if not matches:
             raise InputError(f"no {' or '.join(suffixes)} file at {item!r}; check the path or the pattern")
         found.update(dict.fromkeys(matches))

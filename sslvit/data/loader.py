@@ -1,8 +1,8 @@
 """Batches of views from a source: keyed order, decode, crops, in threads; and clean images for evaluation.
 
-The stream is a function of (seed, cursor): sample p of the global stream belongs to epoch p // n and is image
-`permute(p % n)` of that epoch's keyed permutation. A batch is the next `world * batch_size` samples, of which a rank
-takes its slice, so neither the number of threads nor of ranks changes what is seen, and a resume needs one integer.
+The stream is a function of (seed, cursor): sample p of the global stream belongs to epoch p // n and is the image at
+place p % n of that epoch's keyed permutation (order.py). A batch is the next `world * batch_size` samples, of which a
+rank takes its slice, so neither the number of threads nor of ranks changes what is seen; a resume needs one integer.
 
 Threads, not processes: decoding, resizing and copying release the GIL, nothing is pickled or copied between
 processes, and decoded images are shared. Colour happens on the training device (`photometry.py`).
@@ -16,13 +16,16 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from sslvit.data import crops as geometry
 from sslvit.data.config import CropsConfig, PhotometryConfig
-from sslvit.data.decode import BadFiles, BadImage, decode
+from sslvit.data.decode import BadFiles, BadImage, ValueRange, decode, deep_pixels
+from sslvit.data.keyed import hash_key
+from sslvit.data.order import Order, sample
 from sslvit.data.sources import Source
 from sslvit.data.workers import Job, Workers
 from sslvit.encoder.config import Preprocessing
@@ -32,8 +35,8 @@ CACHE_BYTES = 1536 * 2**20
 _CACHE_PROBE = 64  # images measured before deciding whether the decoded set fits
 _PREFETCH = 2  # batches ready or in work ahead of the one in use
 _HELD_BYTES = 32 * 2**20  # decoded pixels a thread holds before it cuts them; drawing for many at once is cheaper
-_FEISTEL_TURNS = 8
-_ORDER, _REPLACEMENT, _STATISTICS = -1, -2, -3  # in place of a view in the key: draws that belong to no view
+_REPLACEMENT = -2  # in place of a view in the key: a draw that belongs to no view
+_STATISTICS = -3  # in place of the seed: which images are measured depends on the set alone
 
 
 @dataclass
@@ -53,27 +56,6 @@ class Views:
         return dataclasses.replace(self, **move)
 
 
-def permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
-    """Images at places `index` (B,) of the permutations of range(n) named by uint64 keys (B,).
-
-    A Feistel network on the smallest even number of bits that holds n, walked until it lands below n (Black and
-    Rogaway, "Ciphers with arbitrary finite domains", 2002): no table, so any place of a billion is found at once.
-    """
-    half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
-    mask = np.uint64(2**half - 1)
-    shift = np.uint64(half)
-    turns = geometry.splitmix(key + np.arange(1, _FEISTEL_TURNS + 1, dtype=np.uint64)[:, None] * geometry.GOLDEN)
-    out = index.astype(np.uint64)
-    walking = np.arange(len(out))
-    while len(walking):
-        left, right = out[walking] >> shift, out[walking] & mask
-        for turn in turns[:, walking]:
-            left, right = right, left ^ (geometry.splitmix(right + turn) & mask)
-        out[walking] = left << shift | right
-        walking = walking[out[walking] >= n]
-    return out.astype(np.int64)
-
-
 def default_workers() -> int:
     """Loading threads when nothing else is asked for: the cores this process may use less one, from 1 to 16."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -84,9 +66,15 @@ class DecodedImages:
     """The decoded images of a source, kept in memory when all of them fit; shared by the threads."""
 
     def __init__(
-        self, source: Source, channels: int | None, min_side: int | None, cache_bytes: int = CACHE_BYTES
+        self,
+        source: Source,
+        channels: int | None,
+        min_side: int | None,
+        cache_bytes: int = CACHE_BYTES,
+        value_range: ValueRange | None = None,
     ) -> None:
-        self._source, self._channels, self._min_side = source, channels, min_side
+        self._source = source
+        self._how: dict[str, Any] = {"channels": channels, "min_side": min_side, "value_range": value_range}
         self._budget = cache_bytes
         self._kept: dict[int, np.ndarray] | None = {}
         self._bytes = 0
@@ -97,7 +85,7 @@ class DecodedImages:
         kept = self._kept
         if kept is not None and (image := kept.get(index)) is not None:
             return image
-        image = decode(self._source.read(index), channels=self._channels, min_side=self._min_side)
+        image = decode(self._source.read(index), **self._how)
         if kept is not None:
             self._keep(index, image)
         return image
@@ -137,17 +125,20 @@ class Loader:
         bad_files: BadFiles | None = None,
         pin_memory: bool = False,
         cache_bytes: int = CACHE_BYTES,
+        value_range: ValueRange | None = None,
     ) -> None:
         if len(source) == 0:
             raise InputError(f"{source.spec} holds no images; point `data` at a folder or file that does")
         self._source, self._crops, self._photometry = source, crops, photometry
-        self._sides = (geometry.height_width(global_size), geometry.height_width(crops.local_size or 0))
+        self._sides = (geometry.height_width(global_size), crops.local_shape)
         self._channels, self._batch_size = channels, batch_size
         self._seed, self._rank, self._world = seed, rank, world
+        self._order = Order(source, seed)
         self._num_workers = default_workers() if num_workers is None else num_workers
         self._bad_files = BadFiles() if bad_files is None else bad_files
         self._pin_memory = pin_memory
-        self._images = DecodedImages(source, channels, geometry.min_side(crops, global_size), cache_bytes // world)
+        least = geometry.min_side(crops, global_size)
+        self._images = DecodedImages(source, channels, least, cache_bytes // world, value_range)
         self.cursor = 0
 
     def seek(self, cursor: int) -> None:
@@ -159,8 +150,7 @@ class Loader:
         n = len(self._source)
         places = cursor + self._rank * self._batch_size + np.arange(self._batch_size)
         epochs = places // n
-        keys = geometry.hash_key(self._seed, epochs, _ORDER)
-        return permute(places % n, n, keys), epochs
+        return self._order(places % n, epochs), epochs
 
     def __iter__(self) -> Iterator[tuple[Views, int]]:
         stride = self._batch_size * self._world
@@ -219,6 +209,7 @@ class Loader:
         views = batch.views
         plans = geometry.plan_views(
             np.array([image.shape[:2] for image in images]),
+            self._sides,
             self._crops,
             self._photometry,
             self._channels,
@@ -245,7 +236,7 @@ class Loader:
             else:
                 self._bad_files.saw()
                 return image, shown
-            shown = int(geometry.hash_key(self._seed, epoch, sample, _REPLACEMENT, attempt)[0] % np.uint64(n))
+            shown = int(hash_key(self._seed, epoch, sample, _REPLACEMENT, attempt)[0] % np.uint64(n))
         raise InputError(
             f"{self._source.spec}: a hundred draws in a row were unreadable; `sslvit check-data` names them"
         )
@@ -265,13 +256,13 @@ def clean_batches(
     indices: Sequence[int] | np.ndarray | None = None,
     bad_files: BadFiles | None = None,
 ) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
-    """(images (B, C, size, size) uint8, their indices (B,) int64) in order, cut as `eval_transform`; B may be smaller.
+    """(images (B, C, height, width) uint8, their indices (B,) int64) in order, cut as `eval_transform`.
 
-    Unreadable images are left out (the indices tell) and recorded in `bad_files`.
+    B may be smaller. Unreadable images are left out (the indices tell) and recorded in `bad_files`.
     """
     order = np.arange(len(source)) if indices is None else np.asarray(indices, np.int64)
-    shorter = int(preprocessing.image_size / preprocessing.crop_pct)
-    images = DecodedImages(source, preprocessing.channels, shorter, cache_bytes=0)
+    shorter = int(max(preprocessing.size) / preprocessing.crop_pct)
+    images = DecodedImages(source, preprocessing.channels, shorter, 0, preprocessing.value_range)
 
     def fill(ids: np.ndarray, report: Callable[[int], None]) -> tuple[list[torch.Tensor], list[int]]:
         made, kept = [], []
@@ -299,15 +290,43 @@ def clean_batches(
                 yield torch.stack(made), np.array(kept, np.int64)
 
 
-def measure_statistics(source: Source, channels: int, n: int = 1000) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def measure_range(source: Source, n: int = 200) -> ValueRange | None:
+    """Per band the 0.1th and 99.9th percentile of up to `n` images deeper than 8 bits; None when there are none.
+
+    Such files seldom use what their bits could say (a satellite's 12 bits in 16, floats of any unit), and a range of
+    each image's own would make dark and bright ones look alike. Red, green and blue share one: colours stay.
+    """
+    taken: list[np.ndarray] = []
+    for index in sample(source, n, _STATISTICS).tolist():
+        try:
+            pixels = deep_pixels(source.read(index))
+        except (BadImage, OSError):
+            continue
+        if pixels is not None and (not taken or _bands(pixels) == taken[0].shape[1]):
+            values = pixels.reshape(-1, _bands(pixels))
+            taken.append(values[:: max(1, len(values) // 10_000)].astype(np.float32))
+    if not taken:
+        return None
+    values = np.nan_to_num(np.concatenate(taken), nan=0.0, posinf=0.0, neginf=0.0)
+    low, high = np.percentile(values, (0.1, 99.9), axis=0)
+    if len(low) == 3:
+        low[:], high[:] = low.min(), high.max()
+    return tuple(low.tolist()), tuple(high.tolist())
+
+
+def _bands(pixels: np.ndarray) -> int:
+    return 1 if pixels.ndim == 2 else pixels.shape[2]
+
+
+def measure_statistics(
+    source: Source, channels: int, n: int = 1000, value_range: ValueRange | None = None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(mean, std) per channel on the 0..1 scale over the pixels of up to `n` images drawn by a fixed key.
 
     Every image weighs the same whatever its size; unreadable ones are passed over.
     """
-    total = len(source)
-    places = np.arange(min(n, total))
-    chosen = permute(places, total, np.broadcast_to(geometry.hash_key(0, _STATISTICS), places.shape))
-    images = DecodedImages(source, channels, 64, cache_bytes=0)
+    chosen = sample(source, n, _STATISTICS)
+    images = DecodedImages(source, channels, 64, 0, value_range)
     moments = []
     for index in chosen.tolist():
         try:
@@ -318,7 +337,7 @@ def measure_statistics(source: Source, channels: int, n: int = 1000) -> tuple[tu
         pixels = image[::stride, ::stride].reshape(-1, channels) / 255.0
         moments.append((pixels.mean(0), (pixels**2).mean(0)))
     if not moments:
-        raise InputError(f"{source.spec}: none of {len(places)} images could be read; `sslvit check-data` says why")
+        raise InputError(f"{source.spec}: none of {len(chosen)} images could be read; `sslvit check-data` says why")
     first, second = (np.mean([pair[i] for pair in moments], axis=0) for i in range(2))
     std = np.sqrt(np.maximum(second - first**2, 1e-6))
     return tuple(first.tolist()), tuple(std.tolist())

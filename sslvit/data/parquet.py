@@ -9,8 +9,6 @@ import hashlib
 import json
 import os
 import threading
-from collections import OrderedDict
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,6 +17,8 @@ import pyarrow.parquet as pq
 
 from sslvit.data.bad_files import BadImage
 from sslvit.data.files import expand, file_key
+from sslvit.data.kept import Kept
+from sslvit.data.order import Blocks
 from sslvit.data.records import is_text_key, number_labels, text_of
 from sslvit.errors import InputError
 
@@ -49,7 +49,7 @@ class ParquetSource:
         ]
         sizes = [self._metadata[file].row_group(group).num_rows for file, group in self._groups]
         self._group_ends = np.cumsum(sizes, dtype=np.int64)
-        self._kept = _Kept(self._limit())
+        self._kept = Kept(self._limit())
         self._handles = threading.local()
         if not len(self):
             raise InputError(f"no rows in the Parquet files of {pattern!r}")
@@ -89,6 +89,13 @@ class ParquetSource:
         table = self._kept.get((group, "text"), lambda: self._read_group(group, self._text_columns))
         return text_of({name: table[name][row].as_py() for name in self._text_columns})
 
+    def blocks(self) -> Blocks | None:
+        """Row groups, where they do not all stay in memory; a window of them takes up to half of what does."""
+        if self._limit() == WHOLE_BYTES:
+            return None
+        largest = max(self._metadata[file].row_group(group).total_byte_size for file, group in self._groups)
+        return Blocks(self._group_ends, max(1, KEPT_BYTES // 2 // max(1, largest)))
+
     def fingerprint(self) -> str:
         """Changes when a file is added, removed or rewritten."""
         return hashlib.sha256(repr(self._keys).encode()).hexdigest()
@@ -98,7 +105,7 @@ class ParquetSource:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._kept = _Kept(self._limit())
+        self._kept = Kept(self._limit())
         self._handles = threading.local()
 
     def _locate(self, index: int) -> tuple[int, int]:
@@ -143,36 +150,6 @@ class ParquetSource:
             if names:
                 class_names[key] = [str(item) for item in names]
         return labels, class_names
-
-
-class _Kept:
-    """The last row groups used, up to a number of bytes; each is loaded once, whichever threads ask for it."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.bytes = 0
-        self._items: OrderedDict[tuple[int, str], Any] = OrderedDict()
-        self._lock = threading.Lock()
-        self._gates: dict[tuple[int, str], threading.Lock] = {}
-
-    def get(self, key: tuple[int, str], load: Callable[[], Any]) -> Any:
-        with self._lock:
-            if key in self._items:
-                self._items.move_to_end(key)
-                return self._items[key]
-            gate = self._gates.setdefault(key, threading.Lock())
-        with gate:
-            with self._lock:
-                if key in self._items:
-                    return self._items[key]
-            item = load()
-            with self._lock:
-                self._items[key] = item
-                self._gates.pop(key, None)
-                self.bytes += item.nbytes
-                while self.bytes > self.limit and len(self._items) > 1:
-                    self.bytes -= self._items.popitem(last=False)[1].nbytes
-        return item
 
 
 def _open(path: bytes) -> pq.ParquetFile:

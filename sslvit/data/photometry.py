@@ -39,8 +39,8 @@ def draw(uniforms: np.ndarray, config: PhotometryConfig, kind: str, view: int, c
     """Rows of parameters (..., 8) float32 from uniforms in [0, 1) of shape (..., NUM_UNIFORMS).
 
     kind is "global" or "local", view the index among the views of that kind: it picks from the lists of
-    probabilities, the last entry standing for all further views. Images that are not RGB get brightness and
-    contrast only.
+    probabilities, the last entry standing for all further views. Images that are not RGB get brightness, contrast and
+    blur: saturation, hue, grayscale and solarize (an inversion of light) mean nothing for bands of other kinds.
     """
     u = np.asarray(uniforms)
     rows = np.empty((*u.shape[:-1], NUM_PARAMETERS), np.float32)
@@ -52,16 +52,16 @@ def draw(uniforms: np.ndarray, config: PhotometryConfig, kind: str, view: int, c
         rows[..., column] = np.where(jitter, low + (high - low) * u[..., 1 + column], 1)
     rows[..., HUE] = np.where(jitter, config.hue * (2 * u[..., 4] - 1), 0)
     rows[..., ORDER] = np.floor(u[..., 5] * len(ORDERS))
-    if channels != 3:
-        rows[..., SATURATION], rows[..., HUE] = 1, 0
-        return rows
     blur_prob, solarize_prob = config.local_blur_prob, 0.0
     if kind == "global":
         blur_prob = config.global_blur_prob[min(view, len(config.global_blur_prob) - 1)]
         solarize_prob = config.global_solarize_prob[min(view, len(config.global_solarize_prob) - 1)]
     low, high = BLUR_SIGMA
-    rows[..., GRAYSCALE] = u[..., 6] < config.grayscale_prob
     rows[..., BLUR] = np.where(u[..., 7] < blur_prob, low + (high - low) * u[..., 8], 0)
+    if channels != 3:
+        rows[..., SATURATION], rows[..., HUE] = 1, 0
+        return rows
+    rows[..., GRAYSCALE] = u[..., 6] < config.grayscale_prob
     rows[..., SOLARIZE] = u[..., 9] < solarize_prob
     return rows
 

@@ -12,6 +12,7 @@ from functools import cache
 
 import numpy as np
 
+from sslvit.data.keyed import GOLDEN, splitmix
 from sslvit.data.scene_shapes import MAX_ANGLE, SHAPES, extents
 
 COLOURS: dict[str, tuple[float, float, float]] = {  # sRGB, 0..1
@@ -83,26 +84,17 @@ def is_novel(shape: int, colour: int) -> bool:
     return (colour - shape) % len(COLOURS) in _NOVEL_OFFSETS
 
 
-def _mix(z: np.ndarray) -> np.ndarray:
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
 def scene_keys(seed: int, split: str, indices: np.ndarray) -> np.ndarray:
     """One uint64 key for each scene, (n,)."""
     words = np.array([seed % 2**64, SPLITS.index(split)], dtype=np.uint64)
-    key = _mix(_mix(words[:1] + _GOLDEN) + words[1:] * _GOLDEN)
-    return _mix(key + (indices.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
+    key = splitmix(splitmix(words[:1] + GOLDEN) + words[1:] * GOLDEN)
+    return splitmix(key + (indices.astype(np.uint64) + np.uint64(1)) * GOLDEN)
 
 
 def uniforms(keys: np.ndarray, stream: int, num: int) -> np.ndarray:
     """(n, num) numbers in [0, 1) of one stream of each scene."""
     counters = np.arange(1, num + 1, dtype=np.uint64) + np.uint64(stream << 32)
-    bits = _mix(keys[:, None] + counters * _GOLDEN)
+    bits = splitmix(keys[:, None] + counters * GOLDEN)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 

@@ -1,7 +1,7 @@
 """Where images come from: `open_source(SPEC)` gives any collection the same few methods.
 
-Specs: `folder:PATH`, `parquet:GLOB`, `tar:GLOB`, `jsonl:FILE`, `torchvision:NAME?root=..&split=..`, `hf:NAME?split=..`,
-`scenes:?..`, or a bare path, recognised by what it holds. Nothing is decoded here (decode.py does).
+Specs: `folder:PATH`, `parquet:GLOB`, `tar:GLOB` (or URLs), `jsonl:FILE`, `torchvision:NAME?root=..&split=..`,
+`hf:NAME?split=..`, `scenes:?..`, or a bare path, recognised by what it holds. Nothing is decoded here (decode.py does).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 
 from sslvit.data.files import split_options
 from sslvit.data.records import image_of, parse_record
+from sslvit.data.remote import is_remote
 from sslvit.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ def open_source(spec: str) -> Source:
     if form == "tar":
         from sslvit.data.tar import TarSource
 
-        return TarSource(split_options(rest, ())[0])
+        return TarSource(rest if is_remote(rest) else split_options(rest, ())[0])
     if form == "jsonl":
         from sslvit.data.jsonl import JsonlSource
 

@@ -1,8 +1,9 @@
-"""`tar:GLOB`: WebDataset shards, read in place.
+"""`tar:GLOB`: WebDataset shards, read in place: on a disk, or behind URLs (`tar:s3://..`, `tar:https://..`).
 
 `key.jpg` with `key.cls` (label), `key.txt` (caption) or `key.json` (record) is one sample. Headers are scanned once and
-the index (offset, size) is kept. Members are read by offset and never extracted, so a hostile name has nothing to
-write. Members that are no plain files, or whose name leads outside, are left out with the reason.
+the index (offset, size) is kept, for remote shards one by one. Members are read by offset and never extracted, so a
+hostile name has nothing to write. Members that are no plain files, or whose name leads outside, are left out with the
+reason.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,12 +30,15 @@ from sslvit.data.files import (
     save_arrays,
 )
 from sslvit.data.folder import EXTENSIONS
+from sslvit.data.order import Blocks
 from sslvit.data.records import labels_of, number_labels, parse_record, text_of
+from sslvit.data.remote import BLOCK_BYTES, KEPT_BYTES, RemoteFiles, basename, is_remote, remote_key
 from sslvit.errors import InputError
 
 logger = logging.getLogger(__name__)
 
 _BLOCK = 512
+_THREADS = 8  # that ask for remote shards at once
 _MAX_EXTENDED = 1 << 20  # bytes of a long name or a pax header
 _KINDS = ("image", "json", "txt", "cls")
 _ARRAYS = ("members", "shard_ends", "names", "name_ends", "labels", "label_ends", "skipped", "skipped_ends")
@@ -46,11 +51,21 @@ class TarSource:
     """
 
     def __init__(self, pattern: str) -> None:
-        paths = expand(pattern, (".tar",))
+        paths = expand(pattern, (".tar",), remote=True)
         self.spec = f"tar:{pattern}"
-        self._files = OpenFiles(paths)
-        self._keys = [file_key(path) for path in paths]
-        arrays = self._load_index()
+        self._files: OpenFiles | RemoteFiles
+        self._keys: list[tuple[bytes, int, object]]
+        if any(is_remote(path) for path in paths):
+            if not all(is_remote(path) for path in paths):
+                raise InputError(f"{pattern!r} names files and URLs; give two sets, or copy one to the other")
+            with ThreadPoolExecutor(_THREADS) as threads:
+                self._keys = list(threads.map(remote_key, paths))
+                self._files = RemoteFiles(paths, [size for _, size, _ in self._keys])
+                arrays = _merged(list(threads.map(self._load_shard, range(len(paths)))))
+        else:
+            self._files = OpenFiles(paths)
+            self._keys = [file_key(path) for path in paths]
+            arrays = self._load_index()
         self._members = arrays["members"]  # (n, 8) int64: offset and size of image, json, txt, cls; size -1: none
         self._shard_ends = arrays["shard_ends"]
         self._names = Names(arrays["names"], arrays["name_ends"])
@@ -74,7 +89,7 @@ class TarSource:
 
     def name(self, index: int) -> str:
         """`shard.tar/member`."""
-        shard = os.path.basename(self._files.paths[self._shard(index)])
+        shard = basename(self._files.paths[self._shard(index)])
         return os.fsdecode(shard + b"/" + self._names[index])
 
     def read(self, index: int) -> bytes:
@@ -89,6 +104,15 @@ class TarSource:
         if text is None and self._members[index, 5] >= 0:
             text = text_of({"caption": self._read(index, 2).decode("utf-8", "replace")})
         return text
+
+    def blocks(self) -> Blocks | None:
+        """Of remote shards, the samples that one fetch brings; a window of them takes up to half of what is kept."""
+        if not isinstance(self._files, RemoteFiles):
+            return None
+        shards = np.searchsorted(self._shard_ends, np.arange(len(self)), side="right")
+        places = self._members[:, 0] // BLOCK_BYTES
+        ends = np.flatnonzero((np.diff(shards) != 0) | (np.diff(places) != 0)) + 1
+        return Blocks(np.append(ends, len(self)), KEPT_BYTES // 2 // BLOCK_BYTES)
 
     def fingerprint(self) -> str:
         """Changes when a shard is added, removed or rewritten."""
@@ -111,7 +135,16 @@ class TarSource:
         entry = cache_root() / "tars" / cache_key("tar-1", self._keys)
         arrays = load_arrays(entry, _ARRAYS)
         if arrays is None:
-            arrays = _index(self._files)
+            arrays = _index(self._files, range(len(self._files.paths)))
+            save_arrays(entry, arrays)
+        return arrays
+
+    def _load_shard(self, shard: int) -> dict[str, np.ndarray]:
+        """The index of one shard: a set that grows fetches the new ones only."""
+        entry = cache_root() / "tars" / cache_key("tar-shard-1", self._keys[shard])
+        arrays = load_arrays(entry, _ARRAYS)
+        if arrays is None:
+            arrays = _index(self._files, [shard])
             save_arrays(entry, arrays)
         return arrays
 
@@ -131,15 +164,25 @@ class _Sample:
     label: bytes = b""
 
 
-def _index(files: OpenFiles) -> dict[str, np.ndarray]:
-    """Scans all shards."""
+def _merged(shards: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The indices of single shards as that of all."""
+    out = {"members": np.concatenate([shard["members"] for shard in shards])}
+    out["shard_ends"] = np.cumsum([len(shard["members"]) for shard in shards], dtype=np.int64)
+    for name, ends in (("names", "name_ends"), ("labels", "label_ends"), ("skipped", "skipped_ends")):
+        packed = Names.concat([Names(shard[name], shard[ends]) for shard in shards])
+        out |= {name: packed.data, ends: packed.ends}
+    return out
+
+
+def _index(files: OpenFiles | RemoteFiles, shards: Iterable[int]) -> dict[str, np.ndarray]:
+    """Scans the headers of these shards."""
     rows: list[list[int]] = []
     ends: list[int] = []
     names: list[bytes] = []
     labels: list[bytes] = []
     skipped: list[bytes] = []
-    for shard, path in enumerate(files.paths):
-        for sample in _samples(files, shard, path, skipped):
+    for shard in shards:
+        for sample in _samples(files, shard, files.paths[shard], skipped):
             if "image" in sample.members:
                 empty = _Member(b"", 0, -1)
                 members = [sample.members.get(kind, empty) for kind in _KINDS]
@@ -160,12 +203,12 @@ def _index(files: OpenFiles) -> dict[str, np.ndarray]:
     }
 
 
-def _samples(files: OpenFiles, shard: int, path: bytes, skipped: list[bytes]) -> Iterator[_Sample]:
+def _samples(files: OpenFiles | RemoteFiles, shard: int, path: bytes, skipped: list[bytes]) -> Iterator[_Sample]:
     """Groups neighbouring members of one key. A key that comes again later is another sample."""
     sample = _Sample(b"")
-    for member in _scan(path):
+    for member in _scan_remote(files, shard) if isinstance(files, RemoteFiles) else _scan(path):
         if member.refused:
-            skipped.append(b"%s/%s: %s" % (os.path.basename(path), member.name, member.refused.encode()))
+            skipped.append(b"%s/%s: %s" % (basename(path), member.name, member.refused.encode()))
             continue
         key, extension = os.path.splitext(member.name)
         kind = extension[1:].lower().decode("ascii", "replace")
@@ -188,16 +231,26 @@ def _scan(path: bytes) -> Iterator[_Member]:
     """Reads the headers of an uncompressed tar (POSIX ustar and pax, GNU), one read a member, no matter how large."""
     with open(path, "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
-        if not _is_header(os.pread(file.fileno(), _BLOCK, 0)):
-            raise InputError(f"{os.fsdecode(path)!r} is no uncompressed tar file; unpack .tar.gz to .tar first")
-        yield from _scan_headers(file.fileno(), size)
+        yield from _scan_headers(lambda offset, length: os.pread(file.fileno(), length, offset), size, path)
 
 
-def _scan_headers(descriptor: int, size: int) -> Iterator[_Member]:
+def _scan_remote(files: RemoteFiles, shard: int) -> Iterator[_Member]:
+    """The same of a remote one: what lies between headers is skipped where it is larger than a block."""
+    size = files.sizes[shard]
+
+    def read(offset: int, length: int) -> bytes:
+        return files.read(shard, offset, max(0, min(length, size - offset)))
+
+    yield from _scan_headers(read, size, files.paths[shard])
+
+
+def _scan_headers(read: Callable[[int, int], bytes], size: int, path: bytes) -> Iterator[_Member]:
+    if not _is_header(read(0, _BLOCK)):
+        raise InputError(f"{os.fsdecode(path)!r} is no uncompressed tar file; unpack .tar.gz to .tar first")
     position, long_name = 0, b""
     pax: dict[str, str] = {}
     while position + _BLOCK <= size:
-        header = os.pread(descriptor, _BLOCK, position)
+        header = read(position, _BLOCK)
         if not header.strip(b"\0"):
             return
         if not _is_header(header):
@@ -207,7 +260,7 @@ def _scan_headers(descriptor: int, size: int) -> Iterator[_Member]:
         kind, start = header[156:157], position + _BLOCK
         position = start + (length + _BLOCK - 1) // _BLOCK * _BLOCK if kind not in b"12345" else start
         if kind in (b"L", b"K", b"x", b"X", b"g"):
-            body = os.pread(descriptor, min(length, _MAX_EXTENDED), start)
+            body = read(start, min(length, _MAX_EXTENDED))
             if kind == b"L":
                 long_name = body.rstrip(b"\0")
             elif kind in (b"x", b"X"):

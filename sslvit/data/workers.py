@@ -91,7 +91,7 @@ class Workers:
             elif at is not None and time.monotonic() - since > HANG_SECONDS:
                 problem = f"reading {self._name(at)} has hung for {HANG_SECONDS:.0f} s"
                 raise Resumable(f"{problem}; see to its disk and run the same command again")
-        if isinstance(job.error, InputError) or not isinstance(job.error, Exception | None):
+        if isinstance(job.error, InputError | Resumable) or not isinstance(job.error, Exception | None):
             raise job.error
         if job.error is not None:
             where = "before the first image" if job.at is None else f"at {self._name(job.at)}"

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from timm.layers import QuickGELU
+from timm.layers.activations import GELU, GELUTanh
 from torch import Tensor, nn
 
 from sslvit.encoder.config import EncoderConfig
@@ -18,18 +20,20 @@ from sslvit.encoder.layouts import depth_of, num_prefix_positions
 from sslvit.encoder.vit import Encoder, create_timm, init_xavier
 from sslvit.errors import InputError
 
-DEFAULT_NORM_EPS = 1e-6  # timm's, DINO's and MAE's
 _HEADS_OF_WIDTH = {1152: 16, 1280: 16, 1408: 16, 1664: 16}  # So400m, H, g, G: all others have 64 channels per head
+CLIP_NORM_EPS = 1e-5  # torch's LayerNorm, in open_clip's own towers
+_TIMM_NORM_EPS = 1e-6  # of the names inferred here
+_DINOV3_HEADS = {4096: 32}  # the 7B: all others have 64 channels per head, the 1280 wide one too
 _NAME_OF_WIDTH = {192: "vit_tiny", 384: "vit_small", 768: "vit_base", 1024: "vit_large"}
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """`timm.create_model(name, **args)`, and the epsilon of its layer norms where it is not timm's."""
+    """`timm.create_model(name, **args)`, and the epsilon of its layer norms where it is not that of the name."""
 
     name: str
     args: dict[str, Any] = field(default_factory=dict)
-    norm_eps: float = DEFAULT_NORM_EPS
+    norm_eps: float | None = None
 
     def build(self, seed: int = 0) -> Encoder:
         """The module with random weights that depend on `seed` alone; torch's global generator is left as it was."""
@@ -37,7 +41,7 @@ class Architecture:
             torch.manual_seed(seed)
             encoder = create_timm(self.name, self.args)
             init_xavier(encoder)
-        if self.norm_eps != DEFAULT_NORM_EPS:
+        if self.norm_eps is not None:
             for module in encoder.modules():
                 if isinstance(module, nn.LayerNorm):
                     module.eps = self.norm_eps
@@ -52,13 +56,14 @@ def infer_architecture(
     img_size: tuple[int, int] | None = None,
     act_layer: str | None = None,
     init_values: float = 1e-5,
-    norm_eps: float = DEFAULT_NORM_EPS,
+    norm_eps: float | None = None,
 ) -> Architecture:
     """The ViT whose timm-named `tensors` these are. Given facts win; the rest follows from shapes.
 
     The number of heads cannot be seen: 64 channels per head is the rule of every ViT up to L (and of ours).
     """
-    _refuse_rope(tensors)
+    if any(name.startswith("rope") or ".gamma_1" in name or ".attn.q_bias" in name for name in tensors):
+        raise InputError("these are weights of a RoPE encoder (timm Eva); open them by timm name or as a timm folder")
     dim, in_chans, *patch = tensors["patch_embed.proj.weight"].shape
     hidden, swiglu = _feed_forward(tensors)
     args: dict[str, Any] = {
@@ -78,20 +83,55 @@ def infer_architecture(
         "dynamic_img_size": True,
     }
     args |= _rarer_args(tensors)
-    if act_layer is not None and act_layer != "gelu":
+    if act_layer is not None and (name is not None or act_layer != "gelu"):
         args["act_layer"] = act_layer
     assert int(dim * args["mlp_ratio"]) == hidden, (dim, hidden)
+    if name is None and not swiglu and norm_eps == CLIP_NORM_EPS:  # a name that has it, so that every export has it
+        return Architecture("vit_base_patch16_clip_224", {"pre_norm": False, **args})
     base = "vit_giant_patch14_dinov2" if swiglu else f"{_NAME_OF_WIDTH.get(dim, 'vit_base')}_patch16_224"
-    return Architecture(name or base, args, norm_eps)
+    return Architecture(name or base, args, None if norm_eps == _TIMM_NORM_EPS else norm_eps)
+
+
+def infer_dinov3(
+    tensors: Mapping[str, Tensor],
+    *,
+    num_heads: int | None = None,
+    img_size: tuple[int, int] | None = None,
+    rope_theta: float = 100.0,
+    norm_eps: float | None = None,
+) -> Architecture:
+    """The timm Eva whose `tensors` these are: DINOv3 (arXiv:2508.10104), rotary positions and registers."""
+    dim, in_chans, *patch = tensors["patch_embed.proj.weight"].shape
+    gated = "blocks.0.mlp.fc1_g.weight" in tensors
+    if not gated and "blocks.0.mlp.fc1.weight" not in tensors:
+        raise InputError("the checkpoint has no feed-forward layer of DINOv3 (fc1, or w1 and w2)")
+    hidden = tensors["blocks.0.mlp.fc1_g.weight" if gated else "blocks.0.mlp.fc1.weight"].shape[0]
+    args = {
+        "img_size": _plain(img_size or (256, 256)),
+        "patch_size": _plain((patch[0], patch[1])),
+        "in_chans": in_chans,
+        "embed_dim": dim,
+        "depth": depth_of(tensors),
+        "num_heads": num_heads or _DINOV3_HEADS.get(dim, dim // 64),
+        "mlp_ratio": hidden / dim,
+        "qkv_bias": "blocks.0.attn.q_bias" in tensors,
+        "num_reg_tokens": tensors["reg_token"].shape[1] if "reg_token" in tensors else 0,
+        "rope_temperature": rope_theta,
+        "global_pool": "token",
+        "dynamic_img_size": True,
+    }
+    return Architecture("vit_small_plus_patch16_dinov3" if gated else "vit_small_patch16_dinov3", args, norm_eps)
 
 
 def config_of(encoder: Encoder, name: str) -> EncoderConfig:
     """The facts of an encoder as an `EncoderConfig` without `auto` values."""
-    attention = encoder.blocks[0].attn
+    attention, (height, width) = encoder.blocks[0].attn, encoder.patch_embed.img_size
     return EncoderConfig(
         name=name,
         patch_size=encoder.patch_embed.patch_size[0],
-        image_size=encoder.patch_embed.img_size[0],
+        image_size=height,
+        image_width=None if width == height else width,
+        act_layer=activation_of(encoder),
         class_token=encoder.cls_token is not None,
         num_registers=0 if encoder.reg_token is None else encoder.reg_token.shape[1],
         in_chans=encoder.patch_embed.proj.in_channels,
@@ -102,17 +142,20 @@ def config_of(encoder: Encoder, name: str) -> EncoderConfig:
     )
 
 
+def activation_of(encoder: Encoder) -> str | None:
+    """The activation in plain MLPs: gelu, gelu_tanh or quick_gelu; None for any other."""
+    act = getattr(encoder.blocks[0].mlp, "act", None)
+    if isinstance(act, QuickGELU):
+        return "quick_gelu"
+    if isinstance(act, GELUTanh) or (isinstance(act, nn.GELU) and act.approximate == "tanh"):
+        return "gelu_tanh"
+    return "gelu" if isinstance(act, nn.GELU | GELU) else None
+
+
 def heads_of_name(name: str) -> int:
     """How many heads timm's model of that name has."""
     with torch.device("meta"):
         return create_timm(name, {"depth": 1}).blocks[0].attn.num_heads
-
-
-def _refuse_rope(tensors: Mapping[str, Tensor]) -> None:
-    if any(name.startswith("rope") or ".gamma_1" in name or ".attn.q_bias" in name for name in tensors):
-        raise InputError(
-            "these are weights of a RoPE encoder (timm Eva, DINOv3); open them by timm name or as a timm folder"
-        )
 
 
 def _plain(size: tuple[int, int]) -> int | list[int]:

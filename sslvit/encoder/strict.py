@@ -53,11 +53,20 @@ class ImportReport:
         return "\n".join(lines)
 
 
-def import_weights(encoder: Encoder, tensors: Mapping[str, Tensor], *, prefer: str = "teacher") -> ImportReport:
-    """Load `tensors` of any layout `layouts.to_timm` knows into `encoder`. InputError under 95% matched."""
+def import_weights(
+    encoder: Encoder,
+    tensors: Mapping[str, Tensor],
+    *,
+    prefer: str = "teacher",
+    grid: tuple[int, int] | None = None,
+) -> ImportReport:
+    """Load `tensors` of any layout `layouts.to_timm` knows into `encoder`. InputError under 95% matched.
+
+    `grid` (rows, columns) is that of the positions in `tensors`, where it is known; else that of `encoder` or a square.
+    """
     state = encoder.state_dict()
     source = to_timm(tensors, prefer, wanted=state)
-    given, reshaped = _adapted(source.tensors, encoder, state)
+    given, reshaped = _adapted(source.tensors, encoder, state, grid)
     matched = [name for name in state if name in given and given[name].shape == state[name].shape]
     missing = [name for name in state if name not in matched]
     unexpected = [name for name in given if name not in matched]
@@ -82,16 +91,18 @@ def adapt_channels(weight: Tensor, in_chans: int) -> Tensor:
     return repeated * (channels / in_chans)
 
 
-def _adapted(source: Tensors, encoder: Encoder, state: Mapping[str, Tensor]) -> tuple[Tensors, list[str]]:
+def _adapted(
+    source: Tensors, encoder: Encoder, state: Mapping[str, Tensor], grid: tuple[int, int] | None
+) -> tuple[Tensors, list[str]]:
     """`source` brought to the shapes of `encoder` where that is possible, and what was done, in words."""
-    out, notes = dict(source), []
-    for step in (_adapt_layer_scale, _adapt_positions, _adapt_patches, _adapt_bias):
-        out, said = step(out, encoder, state)
+    out, notes = _adapt_positions(source, encoder, state, grid)
+    for step in (_adapt_layer_scale, _adapt_patches, _adapt_bias, _adapt_final_norm):
+        out, said = step(out, state)
         notes += said
     return out, notes
 
 
-def _adapt_layer_scale(source: Tensors, encoder: Encoder, state: Mapping[str, Tensor]) -> tuple[Tensors, list[str]]:
+def _adapt_layer_scale(source: Tensors, state: Mapping[str, Tensor]) -> tuple[Tensors, list[str]]:
     wanted = [name for name in state if name.endswith((".ls1.gamma", ".ls2.gamma"))]
     given = any(name.endswith(".ls1.gamma") for name in source)
     if given and not wanted:
@@ -101,11 +112,14 @@ def _adapt_layer_scale(source: Tensors, encoder: Encoder, state: Mapping[str, Te
     return source, []
 
 
-def _adapt_positions(source: Tensors, encoder: Encoder, state: Mapping[str, Tensor]) -> tuple[Tensors, list[str]]:
+def _adapt_positions(
+    source: Tensors, encoder: Encoder, state: Mapping[str, Tensor], given: tuple[int, int] | None
+) -> tuple[Tensors, list[str]]:
     if "pos_embed" not in source or "pos_embed" not in state:
         return source, []
     out, notes, grid = dict(source), [], encoder.patch_embed.grid_size
-    have, wanted = num_prefix_positions(source, grid), 0 if encoder.no_embed_class else encoder.num_prefix_tokens
+    have = num_prefix_positions(source, given or grid)
+    wanted = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
     if have and not wanted:
         out = fold_class_position(out, have)
         notes.append("pos_embed: class position added to cls_token")
@@ -113,15 +127,15 @@ def _adapt_positions(source: Tensors, encoder: Encoder, state: Mapping[str, Tens
     if wanted > have:
         prefix = torch.cat([prefix, table.new_zeros(1, wanted - have, table.shape[-1])], dim=1)
         notes.append("pos_embed: zeros for class token and registers")
-    if table.shape[1] != grid[0] * grid[1]:
-        side = math.isqrt(table.shape[1])
-        table = resample_abs_pos_embed(table, list(grid), [side, side], num_prefix_tokens=0)
-        notes.append(f"pos_embed: {side}x{side} to {grid[0]}x{grid[1]}")
+    rows, columns = given or _grid_of(table.shape[1], grid)
+    if (rows, columns) != tuple(grid):
+        table = resample_abs_pos_embed(table, list(grid), [rows, columns], num_prefix_tokens=0)
+        notes.append(f"pos_embed: {rows}x{columns} to {grid[0]}x{grid[1]}")
     out["pos_embed"] = torch.cat([prefix, table], dim=1)
     return out, notes
 
 
-def _adapt_patches(source: Tensors, encoder: Encoder, state: Mapping[str, Tensor]) -> tuple[Tensors, list[str]]:
+def _adapt_patches(source: Tensors, state: Mapping[str, Tensor]) -> tuple[Tensors, list[str]]:
     name = "patch_embed.proj.weight"
     weight, target, notes = source[name], state[name], []
     if weight.shape[1] != target.shape[1]:
@@ -133,13 +147,28 @@ def _adapt_patches(source: Tensors, encoder: Encoder, state: Mapping[str, Tensor
     return source | {name: weight}, notes
 
 
-def _adapt_bias(source: Tensors, encoder: Encoder, state: Mapping[str, Tensor]) -> tuple[Tensors, list[str]]:
+def _adapt_bias(source: Tensors, state: Mapping[str, Tensor]) -> tuple[Tensors, list[str]]:
     """A bias the source was trained without is zero."""
     linear = (".attn.qkv.bias", ".attn.proj.bias", ".mlp.fc1.bias", ".mlp.fc2.bias")
     absent = [
         n for n in state if n.endswith(linear) and n not in source and n.removesuffix("bias") + "weight" in source
     ]
     return source | {n: torch.zeros_like(state[n]) for n in absent}, [f"{n}: zeros (there was none)" for n in absent]
+
+
+def _adapt_final_norm(source: Tensors, state: Mapping[str, Tensor]) -> tuple[Tensors, list[str]]:
+    """The norm after pooling of a source that has no other becomes the norm before it."""
+    if "fc_norm.weight" not in source or "norm.weight" in source or "fc_norm.weight" in state:
+        return source, []
+    moved = {
+        name.replace("fc_norm.", "norm.") if name.startswith("fc_norm.") else name: t for name, t in source.items()
+    }
+    return moved, ["fc_norm: is the final norm now, before pooling instead of after it"]
+
+
+def _grid_of(count: int, grid: tuple[int, int]) -> tuple[int, int]:
+    """That of the encoder where the number of positions agrees, else a square."""
+    return grid if count == grid[0] * grid[1] else (math.isqrt(count), math.isqrt(count))
 
 
 def _count(tensors: Mapping[str, Tensor], names: list[str]) -> int:

@@ -8,7 +8,7 @@ not read. `forward_packed` does it for images of several sizes in one stream. We
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -85,8 +85,9 @@ class Tokens:
 def model_args(config: EncoderConfig) -> dict[str, Any]:
     """The arguments `timm.create_model(config.name, ...)` takes for a resolved config. All are plain JSON values."""
     num_registers = config.num_registers or 0
+    height, width = config.size
     args: dict[str, Any] = {
-        "img_size": config.image_size,
+        "img_size": height if height == width else [height, width],
         "patch_size": config.patch_size,
         "in_chans": config.in_chans,
         "class_token": config.class_token,
@@ -97,7 +98,9 @@ def model_args(config: EncoderConfig) -> dict[str, Any]:
         "init_values": 1e-5 if config.init_values is None else config.init_values or None,
         "dynamic_img_size": True,
     }
-    if not config.class_token and num_registers == 0:
+    if config.act_layer is not None:
+        args["act_layer"] = config.act_layer
+    elif not config.class_token and num_registers == 0:
         args["act_layer"] = "gelu_tanh"  # the second form, so that it has an exact SigLIP twin
     if config.drop_path_rate:
         args["drop_path_rate"] = config.drop_path_rate
@@ -107,20 +110,24 @@ def model_args(config: EncoderConfig) -> dict[str, Any]:
     return args
 
 
-def create_encoder(config: EncoderConfig) -> VisionTransformer:
-    """A VisionTransformer with random weights (from torch's global generator) for a config without `auto` values."""
+def create_encoder(config: EncoderConfig, further_args: Mapping[str, Any] | None = None) -> VisionTransformer:
+    """A VisionTransformer with random weights (from torch's global generator) for a config without `auto` values.
+
+    `further_args` of timm's are those that the config does not speak of.
+    """
     assert config.name and config.patch_size and config.image_size and config.in_chans, "resolve the config first"
-    assert config.num_registers is not None, "resolve the config first"
-    if config.image_size % config.patch_size:
-        raise InputError(
-            f"encoder.image_size={config.image_size} is not a multiple of encoder.patch_size={config.patch_size}; "
-            f"take {config.image_size // config.patch_size * config.patch_size or config.patch_size}"
-        )
+    assert config.num_registers is not None and config.class_token is not None, "resolve the config first"
+    for key, side in zip(("image_size", "image_width"), config.size, strict=True):
+        if side % config.patch_size:
+            raise InputError(
+                f"encoder.{key}={side} is not a multiple of encoder.patch_size={config.patch_size}; "
+                f"take {side // config.patch_size * config.patch_size or config.patch_size}"
+            )
     if config.embed_dim is not None and config.num_heads is not None and config.embed_dim % config.num_heads:
         raise InputError(
             f"encoder.embed_dim={config.embed_dim} is not a multiple of encoder.num_heads={config.num_heads}"
         )
-    encoder = create_timm(config.name, model_args(config))
+    encoder = create_timm(config.name, {**(further_args or {}), **model_args(config)})
     if not isinstance(encoder, VisionTransformer):
         raise InputError(
             f"encoder.name={config.name}: only timm's VisionTransformer is pretrained; take vit_small_patch16_224"

@@ -12,7 +12,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,12 +21,20 @@ from typing import Any
 import timm
 import torch
 from safetensors import safe_open
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from sslvit import distributed
 from sslvit.checkpoint import best_step, checkpoint_path, checkpoint_steps, latest_checkpoint, load_checkpoint
 from sslvit.checkpoint import read_weights_file as read_file
-from sslvit.encoder.architecture import Architecture, config_of, heads_of_name, infer_architecture
+from sslvit.encoder.architecture import (
+    CLIP_NORM_EPS,
+    Architecture,
+    config_of,
+    heads_of_name,
+    infer_architecture,
+    infer_dinov3,
+)
 from sslvit.encoder.config import IMAGENET_MEAN, IMAGENET_STD, EncoderConfig, Preprocessing
 from sslvit.encoder.layouts import to_timm
 from sslvit.encoder.strict import ImportReport, import_weights
@@ -35,7 +43,9 @@ from sslvit.errors import InputError
 
 __all__ = ["ImportReport", "LoadedEncoder", "import_weights", "init_encoder", "load_encoder", "random_like"]
 
-_HF_MODELS = ("vit", "vit_mae", "dinov2", "dinov2_with_registers", "siglip", "siglip_vision_model")
+_HF_MODELS = ("vit", "vit_mae", "dinov2", "dinov2_with_registers", "siglip", "siglip_vision_model", "dinov3_vit")
+_OPEN_CLIP_CONFIG = "open_clip_config.json"
+_OPENAI_MEAN, _OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # open_clip's
 _HF_ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -44,6 +54,7 @@ _HF_ACTIVATIONS = {
 }
 _RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers, in preprocessor_config.json
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _ALIASES = {"image_size": "img_size", "num_registers": "reg_tokens"}  # our words for timm's
 WEIGHTS_FILE, METADATA_KEY = (
     "encoder.safetensors",
@@ -111,11 +122,22 @@ def random_like(loaded: LoadedEncoder, seed: int) -> LoadedEncoder:
     return replace(loaded, module=module, source=source, license=None, step=None, report=None)
 
 
-def init_encoder(spec: str, config: EncoderConfig) -> tuple[Encoder, ImportReport]:
-    """An encoder built from a resolved `config` with the weights of `spec`, resized where needed."""
-    loaded = load_encoder(spec)
-    encoder = create_encoder(config)
-    return encoder, import_weights(encoder, loaded.module.state_dict())
+def init_encoder(loaded: LoadedEncoder, config: EncoderConfig) -> tuple[VisionTransformer, ImportReport]:
+    """An encoder built from a resolved `config` with the weights of `loaded`, resized where needed.
+
+    What a config cannot say (a norm before the blocks, linear maps without bias, ...) it has from `loaded` as long as
+    both have the same name.
+    """
+    if not isinstance(loaded.module, VisionTransformer):
+        raise InputError(
+            f"{loaded.source}: RoPE encoders (timm Eva, DINOv3) are evaluated, embedded and aligned, but not trained "
+            "further; start from a plain ViT such as vit_small_patch14_dinov2, or distil this one with teacher="
+        )
+    encoder = create_encoder(config, loaded.architecture.args if config.name == loaded.architecture.name else {})
+    try:
+        return encoder, import_weights(encoder, loaded.module.state_dict(), grid=loaded.module.patch_embed.grid_size)
+    except InputError as error:
+        raise InputError(f"{loaded.source}: {error}") from None
 
 
 def _split_options(spec: str) -> tuple[str, dict[str, Any]]:
@@ -175,17 +197,24 @@ def _from_file(path: Path, options: dict[str, Any], spec: str) -> LoadedEncoder:
 
 def _from_tensors(tensors: Mapping[str, Tensor], options: dict[str, Any], spec: str) -> LoadedEncoder:
     prefer = str(options.pop("checkpoint_key", "teacher"))
-    known = {
-        key: options.pop(key) for key in ("name", "num_heads", "img_size", "act_layer", "norm_eps") if key in options
-    }
+    names = ("name", "num_heads", "img_size", "act_layer", "norm_eps", "rope_theta")
+    known = {key: options.pop(key) for key in names if key in options}
     if options:
         raise InputError(
-            f"{spec}: {next(iter(options))!r} is no option of a weights file; known: num_heads, img_size, act_layer"
+            f"{spec}: {next(iter(options))!r} is no option of a weights file; known: num_heads, img_size, act_layer, "
+            "norm_eps, checkpoint_key"
         )
     if "img_size" in known:
         known["img_size"] = _pair(known["img_size"])
     try:
-        architecture = infer_architecture(to_timm(tensors, prefer).tensors, **known)
+        found = to_timm(tensors, prefer)
+        if found.layout in ("dinov3", "dinov3_vit"):
+            rope = {k: v for k, v in known.items() if k in ("num_heads", "img_size", "rope_theta", "norm_eps")}
+            architecture = infer_dinov3(found.tensors, **rope)
+        else:
+            if found.layout == "open_clip":
+                known = {"norm_eps": CLIP_NORM_EPS} | known
+            architecture = infer_architecture(found.tensors, **{k: v for k, v in known.items() if k != "rope_theta"})
     except InputError as error:
         raise InputError(f"{spec}: {error}") from None
     preprocessing = _default_preprocessing(architecture)
@@ -198,6 +227,8 @@ def _from_folder(path: Path, options: dict[str, Any], spec: str) -> LoadedEncode
         return _from_run(path, None, spec)
     if (path / "manifest.json").is_file() and (path / "meta.json").is_file():
         return _from_checkpoint(path, spec)
+    if (path / _OPEN_CLIP_CONFIG).is_file():
+        return _from_open_clip_folder(path, options, spec)
     if (path / "config.json").is_file():
         config = _read_json(path / "config.json")
         if "architecture" in config:
@@ -240,13 +271,13 @@ def _from_checkpoint(path: Path, spec: str, verify: bool = True) -> LoadedEncode
     config = EncoderConfig(**meta["encoder"])
     preprocessing = _preprocessing(meta["preprocessing"])
     found = to_timm(tensors["model"])
-    plain = config.class_token or config.num_registers
+    second_form = not (config.class_token or config.num_registers)
     architecture = infer_architecture(
         found.tensors,
         name=config.name,
         num_heads=config.num_heads or heads_of_name(str(config.name)),
-        img_size=_pair(config.image_size),
-        act_layer="gelu" if plain else "gelu_tanh",
+        img_size=config.size,
+        act_layer=config.act_layer or ("gelu_tanh" if second_form else None),
         init_values=1e-5 if config.init_values is None else config.init_values,
     )
     return _assemble(architecture, found.tensors, preprocessing, spec, step=meta["step"], license=meta.get("license"))
@@ -260,7 +291,39 @@ def _from_timm_folder(path: Path, config: dict[str, Any], spec: str) -> LoadedEn
     loaded = _assemble(architecture, tensors, Preprocessing(0), spec)
     cfg = config.get("pretrained_cfg", {})
     preprocessing = _preprocessing_of_timm(cfg, loaded.module)
+    if (path / "preprocessor_config.json").is_file():
+        values = _value_range(_read_json(path / "preprocessor_config.json"))
+        preprocessing = replace(preprocessing, value_range=values)
     return replace(loaded, preprocessing=preprocessing, license=cfg.get("license") or _license(path))
+
+
+def _from_open_clip_folder(path: Path, options: dict[str, Any], spec: str) -> LoadedEncoder:
+    """The image tower of an open_clip folder: ours (a timm folder inside), one of timm, or open_clip's own."""
+    config = _read_json(path / _OPEN_CLIP_CONFIG)
+    model = config.get("model_cfg", {})
+    vision, stated = model.get("vision_cfg", {}), config.get("preprocess_cfg", {})
+    name = str(vision.get("timm_model_name") or "")
+    if name.startswith("local-dir:"):
+        inside = path / "tower"
+        return _from_folder(inside if inside.is_dir() else Path(name.removeprefix("local-dir:")), options, spec)
+    tensors = _folder_tensors(path, spec, (*_OPEN_CLIP_WEIGHTS, *_WEIGHTS))
+    if name:
+        args = {"dynamic_img_size": True, "img_size": vision.get("image_size", 224)}
+        loaded = _assemble(Architecture(name.split(".")[0], args | options), tensors, Preprocessing(0), spec)
+    elif isinstance(vision.get("layers"), int):
+        facts: dict[str, Any] = {
+            "num_heads": vision.get("width", 768) // vision.get("head_width", 64),
+            "img_size": vision.get("image_size", 224),
+            "act_layer": "quick_gelu" if model.get("quick_gelu") else "gelu",
+            "norm_eps": (vision.get("norm_kwargs") or {}).get("eps", CLIP_NORM_EPS),
+        }
+        loaded = _from_tensors(tensors, facts | options, spec)
+    else:
+        raise InputError(f"{spec}: the image tower of {_OPEN_CLIP_CONFIG} is no ViT")
+    size = vision.get("image_size", 224)
+    mean, std = stated.get("mean", _OPENAI_MEAN), stated.get("std", _OPENAI_STD)
+    preprocessing = Preprocessing(_pair(size)[0], tuple(mean), tuple(std), stated.get("interpolation", "bicubic"))
+    return replace(loaded, preprocessing=preprocessing, license=_license(path))
 
 
 def _from_hf_folder(path: Path, config: dict[str, Any], options: dict[str, Any], spec: str) -> LoadedEncoder:
@@ -270,21 +333,36 @@ def _from_hf_folder(path: Path, config: dict[str, Any], options: dict[str, Any],
     if kind == "timm_wrapper":
         raise InputError(f"{spec}: a timm_wrapper folder without timm's keys; export it with timm")
     if kind not in _HF_MODELS:
-        twin = "; open its timm twin, e.g. vit_small_patch16_dinov3" if kind == "dinov3_vit" else ""
-        raise InputError(f"{spec}: model_type {kind!r} is not one of {', '.join(_HF_MODELS)}{twin}")
-    activation = _HF_ACTIVATIONS.get(vision.get("hidden_act", "gelu_pytorch_tanh" if "siglip" in kind else "gelu"))
-    if activation is None:
-        raise InputError(f"{spec}: hidden_act {vision['hidden_act']!r} is not supported")
-    default_eps = 1e-12 if kind in ("vit", "vit_mae") else 1e-6
-    facts: dict[str, Any] = {
-        "num_heads": vision.get("num_attention_heads", 12),
-        "img_size": vision.get("image_size", 224),
-        "act_layer": activation,
-        "norm_eps": vision.get("layer_norm_eps", default_eps),
-    }
+        raise InputError(f"{spec}: model_type {kind!r} is not one of {', '.join(_HF_MODELS)}")
+    facts = _dinov3_facts(vision, spec) if kind == "dinov3_vit" else _vit_facts(vision, kind, spec)
     loaded = _from_tensors(_folder_tensors(path, spec), facts | options, spec)
     preprocessing = _preprocessing_of_hf(path, loaded.preprocessing)
     return replace(loaded, preprocessing=preprocessing, license=_license(path))
+
+
+def _vit_facts(vision: Mapping[str, Any], kind: str, spec: str) -> dict[str, Any]:
+    """What shapes do not tell of a Hugging Face ViT; what its config leaves out has that class's default."""
+    name = vision.get("hidden_act", "gelu_pytorch_tanh" if "siglip" in kind else "gelu")
+    if (activation := _HF_ACTIVATIONS.get(name)) is None:
+        raise InputError(f"{spec}: hidden_act {name!r} is not supported")
+    return {
+        "num_heads": vision.get("num_attention_heads", 12),
+        "img_size": vision.get("image_size", 224),
+        "act_layer": activation,
+        "norm_eps": vision.get("layer_norm_eps", 1e-12 if kind in ("vit", "vit_mae") else 1e-6),
+    }
+
+
+def _dinov3_facts(vision: Mapping[str, Any], spec: str) -> dict[str, Any]:
+    name, exact = vision.get("hidden_act", "gelu"), "silu" if vision.get("use_gated_mlp") else "gelu"
+    if name != exact:
+        raise InputError(f"{spec}: hidden_act {name!r} is not supported here; DINOv3's is {exact}")
+    return {
+        "num_heads": vision.get("num_attention_heads", 6),
+        "img_size": vision.get("image_size", 224),
+        "norm_eps": vision.get("layer_norm_eps", 1e-5),
+        "rope_theta": (vision.get("rope_parameters") or vision).get("rope_theta", 100.0),
+    }
 
 
 def _assemble(
@@ -305,15 +383,15 @@ def _assemble(
     return LoadedEncoder(module, architecture, preprocessing, spec, license, step, report)
 
 
-def _folder_tensors(path: Path, spec: str) -> dict[str, Tensor]:
+def _folder_tensors(path: Path, spec: str, names: Sequence[str] = _WEIGHTS) -> dict[str, Tensor]:
     """The weights of a folder, one file or several with an index."""
-    for name in _WEIGHTS:
+    for name in names:
         if (path / name).is_file():
             return read_file(path / name)
         if (index := path / f"{name}.index.json").is_file():
             files = sorted(set(_read_json(index)["weight_map"].values()))
             return {k: v for file in files for k, v in read_file(path / Path(file).name).items()}
-    raise InputError(f"{spec}: config.json is there, but no {' or '.join(_WEIGHTS)}")
+    raise InputError(f"{spec}: a config is there, but no {' or '.join(names)}")
 
 
 def _metadata(path: Path) -> dict[str, Any] | None:
@@ -326,18 +404,29 @@ def _metadata(path: Path) -> dict[str, Any] | None:
 
 
 def _preprocessing(facts: Mapping[str, Any]) -> Preprocessing:
-    return Preprocessing(**{**facts, "mean": tuple(facts["mean"]), "std": tuple(facts["std"])})
+    statistics = {"mean": tuple(facts["mean"]), "std": tuple(facts["std"])}
+    return Preprocessing(**{**facts, **statistics, "value_range": _value_range(facts)})
+
+
+def _value_range(facts: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """What we store of it: `value_range`, lows and highs."""
+    stored = facts.get("value_range")
+    return None if stored is None else (tuple(map(float, stored[0])), tuple(map(float, stored[1])))
 
 
 def _default_preprocessing(architecture: Architecture) -> Preprocessing:
     size, channels = _pair(architecture.args["img_size"]), architecture.args["in_chans"]
-    return Preprocessing(size[0], *_statistics(IMAGENET_MEAN, IMAGENET_STD, channels))
+    mean, std = _statistics(IMAGENET_MEAN, IMAGENET_STD, channels)
+    return Preprocessing(size[0], mean, std, image_width=_width(size))
 
 
 def _preprocessing_of_timm(cfg: Mapping[str, Any], module: Encoder) -> Preprocessing:
     channels, size = module.patch_embed.proj.in_channels, module.patch_embed.img_size
     mean, std = _statistics(cfg.get("mean", IMAGENET_MEAN), cfg.get("std", IMAGENET_STD), channels)
-    return Preprocessing(size[0], mean, std, cfg.get("interpolation", "bicubic"), float(cfg.get("crop_pct") or 1.0))
+    stated = tuple(cfg.get("input_size", (0, 0, 0)))[1:]
+    width = _width(stated if stated[0] == size[0] else size)
+    interpolation, crop_pct = cfg.get("interpolation", "bicubic"), float(cfg.get("crop_pct") or 1.0)
+    return Preprocessing(size[0], mean, std, interpolation, crop_pct, width)
 
 
 def _preprocessing_of_hf(path: Path, default: Preprocessing) -> Preprocessing:
@@ -358,7 +447,14 @@ def _preprocessing_of_hf(path: Path, default: Preprocessing) -> Preprocessing:
         std=tuple(std),
         interpolation=_RESAMPLING.get(config.get("resample", 3), "bicubic"),
         crop_pct=float(config.get("crop_pct") or (cropped / resized if cropped else 1.0)),
+        image_width=_width((crop.get("height"), crop.get("width"))) if cropped and isinstance(crop, dict) else None,
+        value_range=_value_range(config),
     )
+
+
+def _width(size: Sequence[Any]) -> int | None:
+    """The width where it is not the height."""
+    return None if size[1] == size[0] else int(size[1])
 
 
 def _statistics(mean: Any, std: Any, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

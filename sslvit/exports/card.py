@@ -180,11 +180,12 @@ sslvit embed --encoder {path} --data /my/images --output-file features.npz
 
 def _preprocessing(loaded: LoadedEncoder) -> str:
     p = loaded.preprocessing
-    resize = math.floor(p.image_size / p.crop_pct)
-    return (
-        f"Shorter side to {resize} px ({p.interpolation}), centre crop of {p.image_size} px, values 0..1, then per "
-        f"channel minus mean {list(p.mean)}, over std {list(p.std)}.\n"
-    )
+    height, width = p.size
+    resize = f"Shorter side to {math.floor(height / p.crop_pct)} px ({p.interpolation}), centre crop of {height} px"
+    if height != width:
+        resize = f"In proportion until it covers {height}x{width} px ({p.interpolation}), centre crop"
+    deep = f" (of files deeper than 8 bits, {p.value_range} per channel become 0 and 1)" if p.value_range else ""
+    return f"{resize}, values 0..1{deep}, then per channel minus mean {list(p.mean)}, over std {list(p.std)}.\n"
 
 
 def _checked(name: str, reports: Sequence[Mapping[str, Any]]) -> str:

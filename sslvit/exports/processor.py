@@ -11,20 +11,25 @@ RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # Pillow's
 
 
 def image_processor_config(preprocessing: Preprocessing) -> dict[str, Any]:
-    """Resize the shorter side, crop the centre, scale to 0..1, normalise per channel."""
-    size = preprocessing.image_size
+    """Resize the shorter side, crop the centre, scale to 0..1, normalise per channel.
+
+    That processor knows no "until it covers a rectangle": an image for one that is no square is resized to it.
+    """
+    height, width = preprocessing.size
+    resized = {name: math.floor(side / preprocessing.crop_pct) for name, side in (("height", height), ("width", width))}
     return {
         "image_processor_type": "BitImageProcessor",
         "do_resize": True,
-        "size": {"shortest_edge": math.floor(size / preprocessing.crop_pct)},
+        "size": {"shortest_edge": resized["height"]} if height == width else resized,
         "resample": RESAMPLE[preprocessing.interpolation],
         "do_center_crop": True,
         "crop_pct": preprocessing.crop_pct,  # for our own loader: the share that rounding of the edge above loses
-        "crop_size": {"height": size, "width": size},
+        "crop_size": {"height": height, "width": width},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
         "image_mean": list(preprocessing.mean),
         "image_std": list(preprocessing.std),
         "do_convert_rgb": preprocessing.channels == 3,
+        **({"value_range": preprocessing.value_range} if preprocessing.value_range else {}),  # for our own loader
     }

@@ -31,7 +31,6 @@ def timm_config(loaded: LoadedEncoder) -> dict[str, Any]:
     """
     module, preprocessing = loaded.module, loaded.preprocessing
     args = {key: value for key, value in loaded.architecture.args.items() if value is not None and key != "num_classes"}
-    size = preprocessing.image_size
     return {
         "architecture": loaded.architecture.name,
         "num_classes": 0,
@@ -41,7 +40,7 @@ def timm_config(loaded: LoadedEncoder) -> dict[str, Any]:
         "pretrained_cfg": {
             "tag": "sslvit",
             "custom_load": False,
-            "input_size": [preprocessing.channels, size, size],
+            "input_size": [preprocessing.channels, *preprocessing.size],
             "fixed_input_size": False,
             "interpolation": preprocessing.interpolation,
             "crop_pct": preprocessing.crop_pct,

@@ -166,10 +166,10 @@ def _compare_preprocessing(
         return
     mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
     expected = ((picture[0, 0].float() / 255 - mean) / std)[:, None, None]
-    size = preprocessing.image_size
-    if tuple(outputs["pixels"].shape[-2:]) != (size, size):
+    height, width = preprocessing.size
+    if tuple(outputs["pixels"].shape[-2:]) != (height, width):
         raise VerificationError(
-            f"{where}: its transform makes {tuple(outputs['pixels'].shape)} of a picture, not {size}x{size}"
+            f"{where}: its transform makes {tuple(outputs['pixels'].shape)} of a picture, not {height}x{width}"
         )
     difference = (outputs["pixels"] - expected).abs().max().item()
     if not difference < TOLERANCE:

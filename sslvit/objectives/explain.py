@@ -24,7 +24,9 @@ SOURCES = {
     "accumulate": "micro-batches per step",
     "max_bad_rate": "the run stops when more of the images cannot be read",
     "init": "null: random weights",
-    "encoder.class_token": "timm and DINOv2",
+    "teacher": "null: the student's own moving average",
+    "encoder.image_width": "null: square views",
+    "encoder.act_layer": "null: GELU; its tanh form without class token",
     "encoder.drop_path_rate": "off; the published ImageNet recipes set it",
     "encoder": "null: what the timm name says",
     "crops.num_global": "DINO, section 3.1",
@@ -37,7 +39,7 @@ SOURCES = {
     "optim.weight_decay_end": "null: constant",
     "optim.beta1": "AdamW",
     "optim.clip_norm": "DINO's 3.0, over all gradients together",
-    "optim.layer_decay": "off; DINOv2's short recipe has .9",
+    "optim.heads_lr": "null: no step on a frozen encoder",
     "optim.momentum_end": "DINO, section 3.2",
     **{f"{name}.{key}": source for name in ("dino", "ibot") for key, source in _DISTILLATION.items()},
     "dino.freeze_last_layer": "DINO: the first of 100 epochs",
@@ -51,10 +53,10 @@ SOURCES = {
     "checkpoint": "never changes results",
     "knn.train": "null: data itself",
     "knn.val": "null: val_data",
-    "knn": "the monitor; never changes results",
+    "knn": "the monitor; changes results through max_drop alone",
 }
 #: Shares of the run, also shown in steps.
-_SHARES = ("optim.warmup", "teacher_temperature_warmup", "freeze_last_layer")
+_SHARES = ("optim.warmup", "optim.freeze_encoder", "teacher_temperature_warmup", "freeze_last_layer")
 _NO_RECIPE = ("data", "val_data", "device", "num_workers", "overwrite")
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import cast
 
@@ -20,7 +21,16 @@ from sslvit.config import PretrainConfig
 from sslvit.data.loader import Views
 from sslvit.data.photometry import apply
 from sslvit.encoder.config import Preprocessing
-from sslvit.encoder.vit import TokenInput, Tokens, create_encoder, forward_packed
+from sslvit.encoder.vit import (
+    Encoder,
+    TokenInput,
+    Tokens,
+    create_encoder,
+    forward_packed,
+    patch_grid,
+    patch_size,
+)
+from sslvit.errors import InputError
 from sslvit.objectives.accumulation import Prepared, cache_koleo, sinkhorn_columns
 from sslvit.objectives.dino import Dino
 from sslvit.objectives.ibot import Ibot
@@ -33,10 +43,18 @@ from sslvit.schedules import cosine
 
 
 class Pretraining(nn.Module):
-    """Student, teacher (an exponential moving average, if an objective needs one) and objectives."""
+    """Student, teacher (an exponential moving average, if an objective needs one) and objectives.
+
+    With a frozen `teacher` of its own, that one is distilled as DINOv2 does it (arXiv:2304.07193, section 5): it gives
+    the targets, and the moving average is kept aside to be judged and exported.
+    """
 
     def __init__(
-        self, config: PretrainConfig, preprocessing: Preprocessing, encoder: VisionTransformer | None = None
+        self,
+        config: PretrainConfig,
+        preprocessing: Preprocessing,
+        encoder: VisionTransformer | None = None,
+        teacher: Encoder | None = None,
     ) -> None:
         """`config` is resolved; `encoder` is a student to start from, else a new one is made."""
         super().__init__()
@@ -44,6 +62,9 @@ class Pretraining(nn.Module):
         self.config = config
         self.preprocessing = preprocessing
         self.student = encoder if encoder is not None else create_encoder(config.encoder)
+        self._distilled = [] if teacher is None else [_frozen(teacher, config)]  # in a list: it is in no checkpoint
+        if teacher is not None:  # the heads read tokens of the teacher's width
+            self.adapter = nn.Linear(self.student.embed_dim, teacher.embed_dim)
         self.objectives = nn.ModuleDict(cast(dict[str, nn.Module], self._build(config, preprocessing.channels)))
         self.teacher: VisionTransformer | None = None
         if "dino" in self.objectives or "ibot" in self.objectives:
@@ -55,12 +76,14 @@ class Pretraining(nn.Module):
 
     def _build(self, config: PretrainConfig, channels: int) -> dict[str, Objective]:
         assert config.steps and config.encoder.image_size and config.encoder.patch_size
-        side = config.encoder.image_size // config.encoder.patch_size
-        width, num_global, num_local = self.student.embed_dim, config.crops.num_global, config.crops.num_local or 0
+        rows, columns = (side // config.encoder.patch_size for side in config.encoder.size)
+        num_global, num_local = config.crops.num_global, config.crops.num_local or 0
+        own_width = self.student.embed_dim
+        width = self._distilled[0].embed_dim if self._distilled else own_width
         built: dict[str, Objective] = {}
         masking = None
         if config.ibot is not None:
-            built["ibot"] = ibot = Ibot(config.ibot, width, (side, side), config.steps, num_global)
+            built["ibot"] = ibot = Ibot(config.ibot, width, (rows, columns), config.steps, num_global)
             masking = ibot.masking
         if config.dino is not None:
             built["dino"] = dino = Dino(config.dino, width, config.steps, num_global, num_local, masking)
@@ -70,7 +93,7 @@ class Pretraining(nn.Module):
             built["koleo"] = Koleo(config.koleo)
         if config.mae is not None:
             size = config.encoder.patch_size
-            built["mae"] = Mae(config.mae, width, size, (side, side), channels, num_global)
+            built["mae"] = Mae(config.mae, own_width, size, (rows, columns), channels, num_global)
         return built
 
     @property
@@ -98,18 +121,22 @@ class Pretraining(nn.Module):
         crops = self._colour(views)
         wanted = self._wanted(views, step, crops["global"].device)
         tokens = prepared.tokens | self._run([p for p in _all(wanted) if p not in prepared.tokens], wanted, crops)
+        adapted = tokens
+        if self._distilled:
+            adapted = {p: self._adapted(t) if p.network == "student" else t for p, t in tokens.items()}
         total = torch.zeros((), device=crops["global"].device)
         logs: dict[str, Tensor] = {}
         extra: dict[str, Tensor]
         for name, passes in wanted.items():
             objective = self._active[name]
+            read = {p: (adapted if name in ("dino", "ibot") else tokens)[p] for p in passes}
             if isinstance(objective, Koleo) and prepared.koleo is not None:
                 loss, extra = prepared.koleo.loss(tokens), {}
             else:
-                loss, extra = objective.loss({p: tokens[p] for p in passes}, crops["global"], step)
+                loss, extra = objective.loss(read, crops["global"], step)
             total = total + objective.config.weight * loss
             logs |= {f"{name}/loss": loss.detach(), **extra}
-        return total, {**logs, **token_health(tokens)}
+        return total, {**logs, **token_health(adapted)}
 
     @property
     def needs_whole_batch(self) -> bool:
@@ -197,14 +224,26 @@ class Pretraining(nn.Module):
                 for group in groups.values()
             ]
             if network == "teacher":
-                assert self.teacher is not None
+                teacher = self._distilled[0] if self._distilled else self.teacher
+                assert teacher is not None
                 with torch.no_grad():
-                    outputs = forward_packed(self.teacher, inputs)
+                    outputs = forward_packed(teacher, inputs)
             else:
                 outputs = forward_packed(self.student, inputs)
             for group, output in zip(groups.values(), outputs, strict=True):
                 tokens |= dict(zip(group, split(output, len(group)), strict=True))
         return tokens
+
+    def _adapted(self, tokens: Tokens) -> Tokens:
+        """A student's tokens in the width of the distilled teacher."""
+        return replace(tokens, prefix=self.adapter(tokens.prefix), patches=self.adapter(tokens.patches))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Pretraining:
+        """What moves the module moves the distilled teacher, which is none of its children."""
+        super()._apply(fn, recurse)
+        for teacher in self._distilled:
+            teacher._apply(fn)
+        return self
 
     def _input(self, group: list[Pass], crops: Tensor, cls_only: bool) -> TokenInput:
         images = torch.cat([crops[p.index] for p in group])
@@ -219,9 +258,12 @@ class Pretraining(nn.Module):
         return TokenInput(images, mask=mask, mask_token=mask_token, keep=keep, cls_only=cls_only)
 
     def before_update(self, step: int) -> None:
-        """After backward, before clipping."""
+        """After backward, before clipping. While new heads warm up, the encoder stands still."""
         for objective in self._active.values():
             objective.before_update(step)
+        if step < frozen_steps(self.config):
+            for parameter in self.student.parameters():
+                parameter.grad = None
 
     def after_step(self, step: int) -> None:
         """Centres move, then the teacher follows the student: t <- m t + (1 - m) s (DINO, section 3.1)."""
@@ -257,6 +299,34 @@ def _teacher_logits(objective: Dino | Ibot, seen: list[tuple[list[Pass], dict[Pa
     """Of each micro-batch in turn, computed when it is asked for."""
     for passes, tokens in seen:
         yield objective.teacher_logits(passes, tokens)
+
+
+def frozen_steps(config: PretrainConfig) -> int:
+    """How many steps at the start train the heads alone."""
+    return round((config.optim.freeze_encoder or 0.0) * (config.steps or 0))
+
+
+def _frozen(teacher: Encoder, config: PretrainConfig) -> Encoder:
+    """The encoder to distil, held still; InputError where its patches do not fit the crops."""
+    assert config.encoder.patch_size is not None
+    sizes = {"encoder.image_size": config.encoder.image_size, "encoder.image_width": config.encoder.image_width}
+    for (key, side), patch in zip(sizes.items(), patch_size(teacher), strict=True):
+        if side and side % patch:
+            near = max(1, side // patch) * patch
+            raise InputError(f"{key}={side} is no multiple of the teacher's patches of {patch} px; try {key}={near}")
+    if config.ibot is not None and patch_grid(teacher, config.encoder.size) != tuple(
+        side // config.encoder.patch_size for side in config.encoder.size
+    ):
+        raise InputError(
+            f"ibot compares patches one by one, and the teacher's are {patch_size(teacher)[0]} px; "
+            f"set encoder.patch_size={patch_size(teacher)[0]}, or distil with dino alone"
+        )
+    if teacher.patch_embed.proj.in_channels != config.encoder.in_chans:
+        raise InputError(
+            f"the teacher reads {teacher.patch_embed.proj.in_channels} channels; set encoder.in_chans to that "
+            f"instead of {config.encoder.in_chans}"
+        )
+    return teacher.requires_grad_(False).eval()
 
 
 def _frozen_copy(encoder: VisionTransformer) -> VisionTransformer:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sslvit.config import PretrainConfig
+from sslvit.encoder.config import EncoderConfig
 from sslvit.errors import InputError
 from sslvit.schedules import momentum_from_half_life
 
@@ -53,12 +54,19 @@ class _Resolver:
             self.reasons[key] = f"{value}: {reason}"
 
 
-def resolve(config: PretrainConfig, facts: DataFacts) -> tuple[PretrainConfig, dict[str, str]]:
-    """The config with no `None` left where a number is needed, and for each filled key its value and reason."""
+def resolve(
+    config: PretrainConfig, facts: DataFacts, init: EncoderConfig | None = None
+) -> tuple[PretrainConfig, dict[str, str]]:
+    """The config with no `None` left where a number is needed, and for each filled key its value and reason.
+
+    `init` is what the encoder named by `config.init` is.
+    """
     config = copy.deepcopy(config)
     if not any((config.dino, config.ibot, config.mae)):
         raise InputError("no objective is switched on; give at least one of dino={}, ibot={}, mae={}")
     resolver = _Resolver(config)
+    if init is not None:
+        _resolve_from_init(resolver, facts, init)
     _resolve_encoder(resolver, facts)
     _resolve_length(resolver, facts)
     _resolve_precision(resolver, facts)
@@ -68,6 +76,22 @@ def resolve(config: PretrainConfig, facts: DataFacts) -> tuple[PretrainConfig, d
     _resolve_objectives(resolver, facts)
     _check(config)
     return config, resolver.reasons
+
+
+def _resolve_from_init(resolver: _Resolver, facts: DataFacts, init: EncoderConfig) -> None:
+    """What the encoder is already; images as large as it was trained on, or as there are."""
+    encoder = resolver.config.encoder
+    own = ("embed_dim", "depth", "num_heads") if encoder.name in (None, init.name) else ()
+    for key in ("name", *own, "patch_size", "class_token", "num_registers", "init_values", "act_layer"):
+        if getattr(init, key) is not None:
+            resolver.fill(f"encoder.{key}", getattr(init, key), "as init has it")
+    assert init.image_size is not None and encoder.patch_size is not None
+    if encoder.image_size is None and encoder.image_width is None and facts.side >= min(init.size):
+        resolver.fill("encoder.image_width", init.image_width, "as init has it")
+    unit = encoder.patch_size
+    side = max(1, min(init.image_size, facts.side) // unit) * unit
+    resolver.fill("encoder.image_size", side, f"init's {init.image_size}, images are about {facts.side} px")
+    resolver.fill("knn.max_drop", 0.02, "a run that continues stops when it forgets")
 
 
 def _resolve_encoder(resolver: _Resolver, facts: DataFacts) -> None:
@@ -83,6 +107,7 @@ def _resolve_encoder(resolver: _Resolver, facts: DataFacts) -> None:
     assert size is not None
     patch = 4 if size <= 40 else 8 if size <= 112 else 16
     resolver.fill("encoder.patch_size", patch, f"about 8 x 8 patches or more at {size} px")
+    resolver.fill("encoder.class_token", True, "DINOv2")
     resolver.fill(
         "encoder.num_registers", 4 if encoder.class_token else 0, "DINOv2 with registers; none without class token"
     )
@@ -167,6 +192,10 @@ def _resolve_crops(resolver: _Resolver) -> None:
         resolver.fill("crops.num_local", 8 if size >= 160 else 2, "DINO's multi-crop; fewer at small sizes")
     local = max(patch, round(size * 96 / 224 / patch) * patch)
     resolver.fill("crops.local_size", local, "96 of 224 pixels, as DINO, in whole patches")
+    if config.encoder.image_width is not None:
+        share = _required(config.crops.local_size) / size
+        width = max(patch, round(config.encoder.image_width * share / patch) * patch)
+        resolver.fill("crops.local_width", width, "as much of image_width, in whole patches")
     if config.crops.num_local:
         resolver.fill("crops.global_scale", [0.4, 1.0], "DINO with local crops")
     elif config.dino is not None:
@@ -179,7 +208,20 @@ def _resolve_optim(resolver: _Resolver) -> None:
     config = resolver.config
     batch, steps = _required(config.batch_size), _required(config.steps)
     rate = min(4e-3 * math.sqrt(batch / 1024), 1.5e-3)
-    resolver.fill("optim.lr", round(rate, 7), "4e-3 sqrt(batch / 1024) (DINOv2), at most 1.5e-3")
+    rule = "4e-3 sqrt(batch / 1024) (DINOv2), at most 1.5e-3"
+    if config.init is not None:
+        resolver.fill("optim.freeze_encoder", 0.1, "new heads first, on the encoder as it is")
+        resolver.fill("optim.heads_lr", round(rate, 7), rule)
+        resolver.fill(
+            "optim.lr", round(rate / 10, 7), "a tenth of the rule for random weights: init is trained already"
+        )
+        resolver.fill("optim.layer_decay", 0.75, "the layers near the pixels change least (BEiT, MAE's fine-tuning)")
+    resolver.fill("optim.lr", round(rate, 7), rule)
+    resolver.fill("optim.layer_decay", 1.0, "all layers alike")
+    resolver.fill("optim.freeze_encoder", 0.0, "the encoder is as new as the heads")
+    if config.optim.freeze_encoder:
+        resolver.fill("optim.heads_lr", round(rate, 7), rule)
+    resolver.fill("knn.max_drop", 1.0, "from random weights k-NN may fall at first")
     alone = config.dino is None and config.ibot is None
     resolver.fill("optim.beta2", 0.95 if alone else 0.999, "MAE alone .95, else .999, as published")
     half_life = min(88_700, max(batch, batch * steps // 20))
@@ -214,11 +256,12 @@ def _resolve_objectives(resolver: _Resolver, facts: DataFacts) -> None:
 
 def _check(config: PretrainConfig) -> None:
     """What no default can mend."""
-    size, patch = _required(config.encoder.image_size), _required(config.encoder.patch_size)
-    if size % patch:
-        raise InputError(
-            f"encoder.image_size={size} is no multiple of encoder.patch_size={patch}; take {size // patch * patch}"
-        )
+    patch = _required(config.encoder.patch_size)
+    for key, size in zip(("image_size", "image_width"), config.encoder.size, strict=True):
+        if size % patch:
+            raise InputError(
+                f"encoder.{key}={size} is no multiple of encoder.patch_size={patch}; take {size // patch * patch}"
+            )
     if config.crops.num_local:
         local = _required(config.crops.local_size)
         if local % patch:

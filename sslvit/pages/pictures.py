@@ -131,7 +131,7 @@ def encoder_and_data(record: RunRecord) -> tuple[str, str] | None:
 
 
 def _describe(encoder: LoadedEncoder, pictures: Pictures) -> None:
-    module, size = encoder.module, encoder.preprocessing.image_size
+    module, size = encoder.module, "x".join(map(str, dict.fromkeys(encoder.preprocessing.size)))
     millions = sum(parameter.numel() for parameter in module.parameters()) / 1e6
     pictures.embed_dim, pictures.class_token = module.embed_dim, module.cls_token is not None
     pictures.facts["encoder"] = (
@@ -196,7 +196,8 @@ def draw_sample(source: Source, encoder: LoadedEncoder, places: Sequence[int] | 
         if len(kept) == at_most:
             break
         try:
-            image = decode(source.read(place), channels=encoder.preprocessing.channels)
+            how = encoder.preprocessing
+            image = decode(source.read(place), channels=how.channels, value_range=how.value_range)
         except (BadImage, OSError):
             continue
         kept.append(place)
@@ -213,8 +214,7 @@ def normal(images: Tensor, encoder: LoadedEncoder) -> Tensor:
 def crop_strips(sample: Sample, config: PretrainConfig) -> list[Strip]:
     """Each image, then its global and local views with colours as in training (epoch 0)."""
     strips = []
-    size = config.encoder.image_size
-    assert size is not None
+    size = config.encoder.size
     for i in range(min(NUM_CROPPED, len(sample))):
         image = shrunk(sample.decoded[i], min_side(config.crops, size))
         views = make_views(image, config.crops, size, config.photometry, config.seed, 0, sample.places[i])

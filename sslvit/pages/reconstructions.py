@@ -36,9 +36,10 @@ def open_mae(checkpoint: Path, config: PretrainConfig) -> tuple[VisionTransforme
     if not decoder or _shapes(student) != _shapes(encoder.state_dict()):  # another architecture, from `init`
         return None
     encoder.load_state_dict(student)
-    side, patch, channels = config.encoder.image_size, config.encoder.patch_size, config.encoder.in_chans
-    assert side and patch and channels
-    mae = Mae(config.mae, encoder.embed_dim, patch, (side // patch, side // patch), channels, config.crops.num_global)
+    patch, channels = config.encoder.patch_size, config.encoder.in_chans
+    assert patch and channels
+    rows, columns = (side // patch for side in config.encoder.size)
+    mae = Mae(config.mae, encoder.embed_dim, patch, (rows, columns), channels, config.crops.num_global)
     mae.load_state_dict(decoder)
     return encoder.eval(), mae.eval()
 

@@ -28,11 +28,12 @@ def crop_batches(
         subset,
         crops,
         PhotometryConfig(),  # drawn but not applied
-        preprocessing.image_size,
+        preprocessing.size,
         preprocessing.channels,
         min(batch_size, len(rows)),
         seed=seed,
         num_workers=examples.extraction.num_workers,
+        value_range=preprocessing.value_range,
     )
     for views, _ in loader:
         yield views.global_crops, rows[views.sample_ids.numpy()]

@@ -30,6 +30,7 @@ class KnnMonitorConfig:
     train: str | None = None  # data specs
     val: str | None = None
     num_images: int = 5000  # at most this many of each
+    max_drop: float | None = None  # a run whose k-NN falls this far below its start stops; auto: .02 with init, else 1
 
 
 @dataclass

@@ -92,8 +92,8 @@ def _decode(
     source: Source, preprocessing: Preprocessing, num_images: int, batch_size: int, num_workers: int | None, seed: int
 ) -> tuple[Tensor, dict[str, np.ndarray]]:
     """Of at most `num_images` clean images this process's share, uint8 (n, C, H, W), and the labels of all."""
-    size = preprocessing.image_size
-    batches, kept = [torch.zeros(0, preprocessing.channels, size, size, dtype=torch.uint8)], [np.zeros(0, np.int64)]
+    batches = [torch.zeros(0, preprocessing.channels, *preprocessing.size, dtype=torch.uint8)]
+    kept = [np.zeros(0, np.int64)]
     indices = choose_indices(len(source), num_images, seed)
     share = np.array_split(indices, distributed.world_size())[distributed.rank()]
     for images, batch_indices in clean_batches(source, preprocessing, batch_size, num_workers, share):

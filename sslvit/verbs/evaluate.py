@@ -89,6 +89,8 @@ def _subjects(config: EvaluateConfig, device: str) -> Iterator[Subject]:
     """The encoder, then the controls, one in memory at a time."""
     encoder = load_encoder(str(config.encoder), device=device)
     wanted = {key: getattr(config, key) for key in ("image_size", "crop_pct") if getattr(config, key) is not None}
+    if "image_size" in wanted:
+        wanted["image_width"] = None
     encoder = replace(encoder, preprocessing=replace(encoder.preprocessing, **wanted))
     yield Subject("", encoder)
     if "random_init" in config.controls:

@@ -17,21 +17,22 @@ import torch
 from sslvit import distributed
 from sslvit.config import PretrainConfig, as_dict, check_config, load_config
 from sslvit.data.decode import BadFiles, BadImage, decode
-from sslvit.data.loader import Loader, measure_statistics
+from sslvit.data.loader import Loader, measure_range, measure_statistics
+from sslvit.data.order import sample
 from sslvit.data.sources import Source, open_source
-from sslvit.encoder.config import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
-from sslvit.encoder.weights import init_encoder
+from sslvit.encoder.config import Preprocessing
+from sslvit.encoder.weights import LoadedEncoder, init_encoder, load_encoder
 from sslvit.errors import InputError
 from sslvit.exports.run_encoders import write_run_encoders
 from sslvit.metrics import MetricsLog
 from sslvit.objectives.explain import explain as explain_recipe
-from sslvit.objectives.pretraining import Pretraining
+from sslvit.objectives.pretraining import Pretraining, frozen_steps
 from sslvit.objectives.recipe import DataFacts, resolve
 from sslvit.optim import adamw, param_groups
 from sslvit.probes.alarms import Alarms
 from sslvit.probes.monitor import KnnMonitor
 from sslvit.run_folder import RunFolder, default_output_dir
-from sslvit.schedules import cosine
+from sslvit.schedules import cosine, linear_warmup
 from sslvit.signals import StopFlag
 from sslvit.training import train
 
@@ -67,14 +68,16 @@ def _run(config: PretrainConfig, folder: RunFolder, device: torch.device) -> Non
     source = open_source(str(config.data))
     bad_files = BadFiles(folder.path / "bad_files.jsonl", max_bad_rate=config.max_bad_rate)
     facts = measure_facts(source, device.type, config.encoder.in_chans)
-    resolved, reasons = resolve(_as_begun(config, folder), facts)
+    init = load_encoder(config.init) if config.init else None
+    teacher = load_encoder(config.teacher) if config.teacher else None
+    resolved, reasons = resolve(_as_begun(config, folder), facts, None if init is None else init.config)
     check_config(resolved)
     folder.write_resolved(resolved, reasons)
-    preprocessing = _preprocessing(resolved, source, folder)
-    module = build(resolved, preprocessing).to(device)
-    loader = _loader(resolved, source, bad_files, device)
+    preprocessing = _preprocessing(resolved, source, folder, teacher or init)
+    module = build(resolved, preprocessing, init, teacher).to(device)
+    loader = _loader(resolved, source, bad_files, device, preprocessing)
     optim = resolved.optim
-    groups = param_groups(module, optim.weight_decay, layer_decay=optim.layer_decay, encoder_prefix="student.")
+    groups = param_groups(module, optim.weight_decay, _required(optim.layer_decay), encoder_prefix="student.")
     optimizer = adamw(groups, lr=_required(optim.lr), betas=(optim.beta1, _required(optim.beta2)))
     monitor = _monitor(resolved, source, preprocessing)
     with StopFlag() as stop:
@@ -93,7 +96,11 @@ def _run(config: PretrainConfig, folder: RunFolder, device: torch.device) -> Non
             checkpoint_every=_required(resolved.checkpoint.every),
             keep=resolved.checkpoint.keep,
             milestone_every=resolved.checkpoint.milestone_every,
-            meta={"encoder": as_dict(resolved.encoder), "preprocessing": as_dict(preprocessing)},
+            meta={
+                "encoder": as_dict(resolved.encoder),
+                "preprocessing": as_dict(preprocessing),
+                "license": None if init is None else init.license,
+            },
             metrics=MetricsLog(folder.path),
             stop=stop,
             periodic=None if monitor is None else lambda step: monitor(module.judged, step),
@@ -101,6 +108,7 @@ def _run(config: PretrainConfig, folder: RunFolder, device: torch.device) -> Non
             best="knn/top1",
             watch=Alarms(resolved),
             prepare=module.prepare if module.needs_whole_batch else None,
+            max_drop=math.inf if resolved.knn.max_drop in (None, 1.0) else resolved.knn.max_drop,
         )
     if distributed.is_main():
         bad_files.collect()
@@ -111,9 +119,9 @@ def _run(config: PretrainConfig, folder: RunFolder, device: torch.device) -> Non
 def _explained(config: PretrainConfig) -> list[str]:
     """Every value of the recipe for this data on this machine, and why."""
     device = distributed.choose_device(config.device)
-    resolved, reasons = resolve(
-        config, measure_facts(open_source(str(config.data)), device.type, config.encoder.in_chans)
-    )
+    facts = measure_facts(open_source(str(config.data)), device.type, config.encoder.in_chans)
+    init = load_encoder(config.init).config if config.init else None
+    resolved, reasons = resolve(config, facts, init)
     check_config(resolved)
     return explain_recipe(config, resolved, reasons)
 
@@ -139,33 +147,40 @@ def _filled(node: Any, source: Any) -> Any:
 
 
 class Schedule:
-    """Learning rate and weight decay at each step: warm-up from 0, then cosine (DINO, section 3.2)."""
+    """Learning rate and weight decay at each step: warm-up from 0, then cosine (DINO, section 3.2).
+
+    Steps on a frozen encoder come first: warm-up to the heads' own rate, which then lasts until the encoder joins in.
+    """
 
     def __init__(self, config: PretrainConfig) -> None:
         self.optim = config.optim
         self.steps = _required(config.steps)
         self.has_teacher = config.dino is not None or config.ibot is not None
+        self.frozen = frozen_steps(config)
 
     def __call__(self, step: int) -> dict[str, float]:
         """{"lr", "weight_decay"} of a step counted from 0, and the teacher's "momentum" for the log."""
         optim = self.optim
-        warmup = min(round(optim.warmup * self.steps), self.steps - 1)
         end = optim.weight_decay if optim.weight_decay_end is None else optim.weight_decay_end
-        values = {
-            "lr": cosine(step, self.steps, _required(optim.lr), optim.min_lr, warmup_steps=warmup),
-            "weight_decay": cosine(step, self.steps, optim.weight_decay, end),
-        }
+        values = {"lr": self._lr(step), "weight_decay": cosine(step, self.steps, optim.weight_decay, end)}
         if self.has_teacher:
             values["momentum"] = cosine(step, self.steps, _required(optim.momentum), optim.momentum_end)
         return values
 
+    def _lr(self, step: int) -> float:
+        optim, rest = self.optim, self.steps - self.frozen
+        if step < self.frozen:
+            return linear_warmup(step, 0.0, _required(optim.heads_lr), round(optim.warmup * self.frozen))
+        warmup = min(round(optim.warmup * rest), rest - 1)
+        return cosine(step - self.frozen, rest, _required(optim.lr), optim.min_lr, warmup_steps=warmup)
+
 
 def measure_facts(source: Source, device: str, channels: int | None, num_probed: int = 64) -> DataFacts:
-    """Look at evenly spaced images: median shorter side (pixels) and the channels most of them have."""
+    """Look at some images: median shorter side (pixels) and the channels most of them have."""
     if len(source) == 0:
         raise InputError(f"{source.spec}: no images in it; give a folder or file that holds some")
     sides, counts, reasons = [], [], []
-    for index in range(0, len(source), max(1, len(source) // num_probed)):
+    for index in sample(source, num_probed, seed=0).tolist():
         try:
             image = decode(source.read(index), channels=None)
         except BadImage as bad:
@@ -181,30 +196,47 @@ def measure_facts(source: Source, device: str, channels: int | None, num_probed:
     return DataFacts(len(source), int(statistics.median(sides)), wanted, device, native)
 
 
-def _preprocessing(config: PretrainConfig, source: Source, folder: RunFolder) -> Preprocessing:
-    """Mean and std: ImageNet's for RGB, as every released encoder; else measured once and kept for resume."""
-    size = _required(config.encoder.image_size)
-    if config.encoder.in_chans == 3:
-        return Preprocessing(size, IMAGENET_MEAN, IMAGENET_STD)
-    stored = folder.read_json("statistics.json")
-    if stored is None:
-        mean, std = measure_statistics(source, _required(config.encoder.in_chans))
-        stored = {"mean": list(mean), "std": list(std)}
-        folder.write_json("statistics.json", stored)
-    return Preprocessing(size, tuple(stored["mean"]), tuple(stored["std"]))
+def _preprocessing(
+    config: PretrainConfig, source: Source, folder: RunFolder, given: LoadedEncoder | None
+) -> Preprocessing:
+    """Mean, std and range: those the weights it starts from expect, else measured once on the images and kept."""
+    height, width = config.encoder.size
+    channels = _required(config.encoder.in_chans)
+    if given is not None and given.preprocessing.channels == channels:
+        mean, std, values = given.preprocessing.mean, given.preprocessing.std, given.preprocessing.value_range
+    else:
+        stored = folder.read_json("statistics.json") if distributed.is_main() else None
+        if stored is None and distributed.is_main():
+            values = measure_range(source)
+            mean, std = measure_statistics(source, channels, value_range=values)
+            stored = {"mean": mean, "std": std, "value_range": values}
+            folder.write_json("statistics.json", stored)
+        stored = distributed.broadcast_object(stored)
+        mean, std = tuple(stored["mean"]), tuple(stored["std"])
+        values = stored["value_range"] and (tuple(stored["value_range"][0]), tuple(stored["value_range"][1]))
+    return Preprocessing(height, mean, std, image_width=None if width == height else width, value_range=values)
 
 
-def build(config: PretrainConfig, preprocessing: Preprocessing) -> Pretraining:
+def build(
+    config: PretrainConfig,
+    preprocessing: Preprocessing,
+    init: LoadedEncoder | None = None,
+    teacher: LoadedEncoder | None = None,
+) -> Pretraining:
     """The module at step 0: weights drawn from the seed, or the student taken from `init`."""
     torch.manual_seed(config.seed)
-    if config.init is None:
-        return Pretraining(config, preprocessing)
-    encoder, report = init_encoder(config.init, config.encoder)
-    print(f"init={config.init}: {report}")
-    return Pretraining(config, preprocessing, encoder)
+    distilled = None if teacher is None else teacher.module
+    if init is None:
+        return Pretraining(config, preprocessing, teacher=distilled)
+    encoder, report = init_encoder(init, config.encoder)
+    if distributed.is_main():
+        print(f"init={config.init}: {report}")
+    return Pretraining(config, preprocessing, encoder, distilled)
 
 
-def _loader(config: PretrainConfig, source: Source, bad_files: BadFiles, device: torch.device) -> Loader:
+def _loader(
+    config: PretrainConfig, source: Source, bad_files: BadFiles, device: torch.device, preprocessing: Preprocessing
+) -> Loader:
     ranks = distributed.world_size()
     batch, share = _required(config.batch_size), ranks * config.accumulate
     if batch % share:
@@ -213,7 +245,7 @@ def _loader(config: PretrainConfig, source: Source, bad_files: BadFiles, device:
         source,
         crops=config.crops,
         photometry=config.photometry,
-        global_size=_required(config.encoder.image_size),
+        global_size=config.encoder.size,
         channels=_required(config.encoder.in_chans),
         batch_size=batch // share,
         seed=config.seed,
@@ -222,6 +254,7 @@ def _loader(config: PretrainConfig, source: Source, bad_files: BadFiles, device:
         num_workers=config.num_workers,
         bad_files=bad_files,
         pin_memory=device.type == "cuda",
+        value_range=preprocessing.value_range,
     )
 
 
@@ -232,6 +265,8 @@ def _monitor(config: PretrainConfig, source: Source, preprocessing: Preprocessin
     train_source = open_source(config.knn.train) if config.knn.train else source
     val_spec = config.knn.val or config.val_data
     val_source = open_source(val_spec) if val_spec else None
+    if config.init is not None and (val_source is None or not val_source.labels or not train_source.labels):
+        print("no labels to watch: the run cannot notice that init forgets; give val_data, or knn.train and knn.val")
     return KnnMonitor(
         train_source,
         val_source,

@@ -8,6 +8,7 @@ the cursor counts images. No augmentation: a turn says where things are. Not the
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 
 from sslvit import distributed
-from sslvit.data.crops import eval_transform, rng
+from sslvit.data.crops import eval_transform
 from sslvit.data.decode import BadFiles, BadImage, decode
+from sslvit.data.keyed import rng
 from sslvit.data.loader import default_workers
 from sslvit.data.pairs import Pairs
 from sslvit.data.turns import Turn
@@ -50,7 +52,7 @@ class PairImages:
         self.num_workers = default_workers() if num_workers is None else num_workers
         self._good: set[int] = set()
         self._bad: dict[int, str] = {}  # the reasons
-        size = preprocessing.channels * preprocessing.image_size**2
+        size = preprocessing.channels * math.prod(preprocessing.size)
         fits = len(pairs) * size <= IN_MEMORY
         self._kept: dict[int, Tensor] | None = {} if fits else None
 
@@ -64,7 +66,8 @@ class PairImages:
         if index in self._bad:
             raise BadImage(self._bad[index])
         try:
-            pixels = decode(self.pairs.read(index), channels=self.preprocessing.channels)
+            how = self.preprocessing
+            pixels = decode(self.pairs.read(index), channels=how.channels, value_range=how.value_range)
         except (BadImage, OSError) as error:
             self._bad[index] = str(error)
             self.bad_files.add(self.pairs.name(index), str(error))

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sslvit.data.bad_files import BadImage
-from sslvit.data.crops import rng
+from sslvit.data.keyed import rng
 from sslvit.data.pairs import CAPTION_PROMPT, FAMILY_ORDER
 from sslvit.data.turns import Turn
 from sslvit.vlm.answer import greedy

@@ -1,4 +1,4 @@
-"""Crops against torchvision's rule and resize; keyed draws against the generator's published numbers."""
+"""Crops against torchvision's rule and resize."""
 
 import math
 
@@ -12,9 +12,11 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
 from sslvit.data import crops
 from sslvit.data.config import CropsConfig, PhotometryConfig
+from sslvit.data.keyed import uniforms
 from sslvit.encoder.config import Preprocessing
 
 CROPS = CropsConfig(num_global=2, global_scale=[0.4, 1.0], num_local=3, local_size=16)
+SIDES = ((32, 32), (16, 16))
 
 
 def picture(height=70, width=50, channels=3, seed=0):
@@ -25,48 +27,6 @@ def picture(height=70, width=50, channels=3, seed=0):
     image = (waves * 60 + 128).astype(np.uint8)
     image[height // 3 : height // 2, width // 4 : width // 2] = random.integers(0, 256, channels)
     return image
-
-
-def test_uniforms_are_splitmix64():
-    state = np.array([1234567], np.uint64)  # the generator's published test vector
-    steps = np.arange(1, 6, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    published = [
-        6457827717110365317,
-        3203168211198807973,
-        9817491932198370423,
-        4593380528125082431,
-        16408922859458223821,
-    ]
-    assert crops.splitmix(state + steps).tolist() == published
-
-
-def test_uniforms_depend_on_the_whole_key_and_nothing_else():
-    keys = [(s, e, i, v) for s in (0, 1) for e in (0, 1, 2) for i in (0, 1, 7) for v in (0, 1, 2)]
-    drawn = {key: crops.uniforms(*key, 8) for key in keys}
-    assert len({tuple(u) for u in drawn.values()}) == len(keys)
-    samples, views = np.array([0, 1, 7]), np.array([0, 1, 2])
-    batch = crops.uniforms(1, 2, samples[:, None], views, 8)
-    assert batch.shape == (3, 3, 8)
-    for i, sample in enumerate(samples):
-        for j, view in enumerate(views):
-            np.testing.assert_array_equal(batch[i, j], drawn[1, 2, sample, view])
-    np.testing.assert_array_equal(crops.uniforms(1, 2, 7, 1, 3), drawn[1, 2, 7, 1][:3])
-
-
-def test_uniforms_are_uniform_and_neighbouring_keys_unrelated():
-    u = crops.uniforms(0, 0, np.arange(4000)[:, None], np.arange(4), 10)
-    counts = np.histogram(u, bins=50, range=(0, 1))[0]
-    expected = u.size / 50
-    assert ((counts - expected) ** 2 / expected).sum() < 85.4  # chi-square, 49 degrees of freedom, p = 0.001
-    flat = u.reshape(4000, -1)
-    assert np.abs(np.corrcoef(flat.T) - np.eye(40)).max() < 0.09
-    assert np.abs(np.corrcoef(flat[:-1, 0], flat[1:, 0])[0, 1]) < 0.06
-
-
-def test_rng_is_keyed():
-    draw = crops.rng(3, 1, 4, 1).random(4)
-    np.testing.assert_array_equal(draw, crops.rng(3, 1, 4, 1).random(4))
-    assert not np.array_equal(draw, crops.rng(3, 1, 4, 2).random(4))
 
 
 def torchvisions_rule(u, height, width, scale, ratio):
@@ -90,7 +50,7 @@ def torchvisions_rule(u, height, width, scale, ratio):
 @pytest.mark.parametrize("size", [(32, 32), (50, 75), (400, 30), (9, 200), (1, 1), (1, 40)])
 @pytest.mark.parametrize("scale", [(0.05, 0.4), (0.4, 1.0)])
 def test_boxes_follow_torchvisions_rule(size, scale):
-    u = crops.uniforms(0, 0, np.arange(300), 0, 22)
+    u = uniforms(0, 0, np.arange(300), 0, 22)
     height, width = (np.full(300, side) for side in size)
     boxes = crops.crop_boxes(u, height, width, scale, (0.75, 4 / 3))
     expected = [torchvisions_rule(row, *size, scale, (0.75, 4 / 3)) for row in u]
@@ -103,7 +63,7 @@ def test_boxes_are_spread_as_torchvisions():
     torch.manual_seed(0)
     image = torch.empty(3, 60, 80)
     theirs = np.array([RandomResizedCrop.get_params(image, [0.1, 0.7], [0.75, 4 / 3]) for _ in range(3000)])
-    u = crops.uniforms(5, 0, np.arange(3000), 0, 22)
+    u = uniforms(5, 0, np.arange(3000), 0, 22)
     ours = crops.crop_boxes(u, np.full(3000, 60), np.full(3000, 80), (0.1, 0.7), (0.75, 4 / 3))
     for column in range(4):
         ranks = np.sort(np.concatenate([ours[:, column], theirs[:, column]]))
@@ -167,10 +127,10 @@ def test_adding_local_views_leaves_the_global_ones_alone():
 
 def test_half_of_the_views_are_flipped():
     sizes = np.full((2000, 2), 40)
-    plan, _ = crops.plan_views(sizes, CROPS, PhotometryConfig(), 3, 0, np.zeros(2000, int), np.arange(2000))
+    plan, _ = crops.plan_views(sizes, SIDES, CROPS, PhotometryConfig(), 3, 0, np.zeros(2000, int), np.arange(2000))
     assert plan.flips.mean() == pytest.approx(0.5, abs=0.03)
     never = CropsConfig(global_scale=[0.4, 1.0], num_local=0, horizontal_flip_prob=0.0)
-    assert not crops.plan_views(sizes, never, PhotometryConfig(), 3, 0, np.zeros(2000, int), np.arange(2000))[
+    assert not crops.plan_views(sizes, SIDES, never, PhotometryConfig(), 3, 0, np.zeros(2000, int), np.arange(2000))[
         0
     ].flips.any()
 
@@ -180,11 +140,11 @@ def test_min_side_keeps_every_crop_at_least_as_large_as_its_output(shape):
     side = crops.min_side(CROPS, 32)
     height, width = (int(side * factor) for factor in shape)
     sizes = np.broadcast_to([height, width], (3000, 2))
-    plans = crops.plan_views(sizes, CROPS, PhotometryConfig(), 3, 0, np.zeros(3000, int), np.arange(3000))
+    plans = crops.plan_views(sizes, SIDES, CROPS, PhotometryConfig(), 3, 0, np.zeros(3000, int), np.arange(3000))
     for plan, output in zip(plans, (32, 16), strict=True):
         assert plan.boxes[..., 2:].min() >= output
     smaller = np.broadcast_to([int(side * 0.6)] * 2, (3000, 2))
-    plans = crops.plan_views(smaller, CROPS, PhotometryConfig(), 3, 0, np.zeros(3000, int), np.arange(3000))
+    plans = crops.plan_views(smaller, SIDES, CROPS, PhotometryConfig(), 3, 0, np.zeros(3000, int), np.arange(3000))
     assert min(plan.boxes[..., 2:].min() - output for plan, output in zip(plans, (32, 16), strict=True)) < 0
 
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from sslvit.data.bad_files import read_bad_files
-from sslvit.data.decode import BadFiles, BadImage, decode
+from sslvit.data.decode import BadFiles, BadImage, decode, deep_pixels
 from sslvit.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
@@ -316,3 +316,33 @@ def test_more_than_five_percent_stops_from_a_hundred_on():
     allowed.saw(94)
     for number in range(6):
         allowed.add(f"{number}.jpg", "why")
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int16, np.float32])
+def test_a_given_range_is_the_same_in_every_image(dtype):
+    low, high = (100.0, 200.0), (1100.0, 4200.0)
+    image = np.array([[[100, 200], [1100, 4200]], [[600, 2200], [50, 9000]]]).astype(dtype)
+    wanted = [[[0, 0], [255, 255]], [[128, 128], [0, 255]]]
+    np.testing.assert_array_equal(decode(image, channels=2, value_range=(low, high)), wanted)
+    dark = decode(image // 2 if dtype != np.float32 else image / 2, channels=2, value_range=(low, high))
+    assert dark.mean() < 90  # stretched by itself it would be as bright
+    np.testing.assert_array_equal(
+        decode(image[:, :, :1], channels=1, value_range=((100.0,) * 3, (1100.0,) * 3))[0, 0], [0]
+    )
+
+
+def test_eight_bits_have_no_use_for_a_range():
+    image = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    np.testing.assert_array_equal(decode(image, value_range=((10.0,) * 3, (20.0,) * 3)), image)
+    assert deep_pixels(image) is None and deep_pixels(b"no image") is None
+    assert deep_pixels(image.astype(np.uint16)).dtype == np.uint16
+
+
+@pytest.mark.parametrize(("dtype", "form"), [(np.uint16, "PNG"), (np.float32, "TIFF"), (np.uint16, "TIFF")])
+def test_deep_pixels_are_those_of_the_file(dtype, form):
+    values = np.linspace(0, 4000, 24).reshape(4, 6).astype(dtype)
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, form)
+    np.testing.assert_array_equal(deep_pixels(buffer.getvalue()), values)
+    found = decode(buffer.getvalue(), channels=1, value_range=((0.0,), (4000.0,)))[:, :, 0]
+    np.testing.assert_array_equal(found, np.rint(values.astype(np.float32) * np.float32(255 / 4000)))

@@ -13,10 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from sslvit.data import crops, loader, workers
+from sslvit.data import crops, keyed, loader, workers
 from sslvit.data.config import CropsConfig, PhotometryConfig
 from sslvit.data.decode import BadFiles, BadImage
-from sslvit.data.loader import Loader, clean_batches, measure_statistics
+from sslvit.data.loader import Loader, clean_batches, measure_range, measure_statistics
 from sslvit.encoder.config import Preprocessing
 from sslvit.errors import InputError, Resumable
 
@@ -69,36 +69,6 @@ def joined(parts):
     return loader.Views(**{name: torch.cat([getattr(p, name) for p in parts], axes.get(name, 1)) for name in names})
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 10, 64, 65, 1000])
-def test_permute_is_a_permutation_for_every_key(n):
-    for epoch in range(3):
-        keys = np.broadcast_to(crops.hash_key(0, epoch), n)
-        places = loader.permute(np.arange(n), n, keys)
-        np.testing.assert_array_equal(np.sort(places), np.arange(n))
-        np.testing.assert_array_equal(loader.permute(np.arange(n)[::-1], n, keys), places[::-1])
-
-
-def test_permute_mixes():
-    n, epochs = 12, 6000
-    keys = crops.hash_key(7, np.arange(epochs))
-    counts = np.zeros((n, n))
-    for place in range(n):
-        images = loader.permute(np.full(epochs, place), n, keys)
-        counts[place] = np.bincount(images, minlength=n)
-    expected = epochs / n
-    assert ((counts - expected) ** 2 / expected).sum() < 121 + 4 * np.sqrt(2 * 121)  # chi-square, (n - 1)^2 freedoms
-    big = loader.permute(np.arange(5000), 5000, np.broadcast_to(crops.hash_key(1), 5000))
-    assert abs(np.corrcoef(big, np.arange(5000))[0, 1]) < 0.06
-    assert (np.abs(np.diff(big)) == 1).mean() < 0.01
-
-
-def test_permute_reaches_anywhere_in_a_billion_at_once():
-    start = time.perf_counter()
-    places = loader.permute(np.array([0, 999_999_999]), 1_000_000_000, np.broadcast_to(crops.hash_key(1), 2))
-    assert ((places >= 0) & (places < 1_000_000_000)).all()
-    assert time.perf_counter() - start < 0.5
-
-
 def once_an_epoch(stream, n, epochs=3):
     ids = torch.cat([views.sample_ids for views, _ in stream])[: epochs * n].view(epochs, n)
     numbers = torch.cat([views.epochs for views, _ in stream])[: epochs * n].view(epochs, n)
@@ -113,7 +83,9 @@ def test_each_sample_comes_once_an_epoch(n, batch_size, monkeypatch):
     assert [cursor for _, cursor in stream] == [batch_size * (i + 1) for i in range(num_batches)]
     ids = torch.cat([views.sample_ids for views, _ in stream]).tolist()
     assert ids[:n] != ids[n : 2 * n]
-    monkeypatch.setattr(loader, "permute", lambda index, n, key: (crops.hash_key(index) % np.uint64(n)).astype(int))
+    monkeypatch.setattr(
+        "sslvit.data.order.permute", lambda index, n, key: (keyed.hash_key(index) % np.uint64(n)).astype(int)
+    )
     assert not once_an_epoch(take(make(Pictures(n), batch_size), num_batches), n)  # drawn with replacement: noticed
 
 
@@ -378,3 +350,21 @@ def test_measure_statistics_are_those_of_the_pixels():
     assert few == measure_statistics(source, 2, n=10) and few != (mean, std)
     with pytest.raises(InputError, match="none of"):
         measure_statistics(Pictures(5, bad=range(5)), 3)
+
+
+def test_the_range_is_measured_per_band_over_the_set():
+    source = Pictures(30, channels=2)
+    assert measure_range(source) is None  # eight bits
+    source.images = source.images.astype(np.uint16) * np.array([4, 16], np.uint16) + np.uint16(7)
+    low, high = measure_range(source)
+    wanted = np.percentile(source.images.reshape(-1, 2), (0.1, 99.9), axis=0)
+    np.testing.assert_allclose([low, high], wanted, rtol=0.02, atol=8)
+    colours = Pictures(30)
+    colours.images = colours.images.astype(np.uint16) * np.array([4, 16, 1], np.uint16)
+    lows, highs = measure_range(colours)
+    assert len(set(lows)) == len(set(highs)) == 1 and highs[0] > 4000  # or their colours would change
+    mean, std = measure_statistics(source, 2, value_range=(low, high))
+    np.testing.assert_allclose(mean, 0.5, atol=0.02)  # uniform values fill their range
+    np.testing.assert_allclose(std, 12**-0.5, atol=0.02)
+    views, _ = take(make(source, channels=2, value_range=(low, high)), 1)[0]
+    assert views.global_crops.max() > 240 and take(make(source, channels=2), 1)[0][0].global_crops.max() < 20

@@ -152,11 +152,13 @@ def test_a_batch_is_its_images_one_by_one():
 
 
 @pytest.mark.parametrize("channels", [1, 4])
-def test_other_channel_counts_get_brightness_and_contrast_only(channels):
+def test_other_channel_counts_get_brightness_contrast_and_blur(channels):
     u = np.random.default_rng(1).random((200, photometry.NUM_UNIFORMS))
     rows = torch.from_numpy(photometry.draw(u, PhotometryConfig(), "global", 0, channels))
-    for column, value in ((SATURATION, 1), (HUE, 0), (GRAYSCALE, 0), (BLUR, 0), (SOLARIZE, 0)):
+    for column, value in ((SATURATION, 1), (HUE, 0), (GRAYSCALE, 0), (SOLARIZE, 0)):
         assert (rows[:, column] == value).all()
+    rgb = photometry.draw(u, PhotometryConfig(), "global", 0, 3)
+    np.testing.assert_array_equal(rows[:, BLUR], rgb[:, BLUR])  # blur is no colour operation
     assert rows[:, CONTRAST].std() > 0.1 and rows[:, BRIGHTNESS].std() > 0.1
     images = muted(batch=2, channels=channels)
     ours = photometry.apply(images, row(brightness=1.2, contrast=0.7).repeat(2, 1), (0,) * channels, (1,) * channels)

@@ -240,7 +240,7 @@ def test_the_tar_index_is_kept_until_a_shard_changes(tmp_path, monkeypatch):
     write_tar(tmp_path / "a.tar", [("0.png", png(0)), ("0.cls", b"5")])
     built = []
     index = tar._index
-    monkeypatch.setattr(tar, "_index", lambda files: built.append(1) or index(files))
+    monkeypatch.setattr(tar, "_index", lambda files, shards: built.append(1) or index(files, shards))
     for _ in range(2):
         source = open_source(str(tmp_path / "a.tar"))
         assert values(source) == [0] and source.labels["label"].tolist() == [5]

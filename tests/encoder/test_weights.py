@@ -232,6 +232,90 @@ def test_shards_and_towers_inside_larger_models(tmp_path: Path) -> None:
     assert same(load_encoder(str(tmp_path)).module, encoder)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "options", [{}, {"use_gated_mlp": True, "hidden_act": "silu", "query_bias": False, "value_bias": False}]
+)
+@torch.no_grad()
+def test_dinov3_folders_written_by_transformers(options: dict, tmp_path: Path, transformers) -> None:
+    size = {"image_size": 32, "patch_size": 8, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.DINOv3ViTConfig(**size, intermediate_size=128, num_register_tokens=3, **options)
+    torch.manual_seed(0)
+    model = filled(transformers.DINOv3ViTModel(config))
+    model.save_pretrained(tmp_path)
+    loaded = load_encoder(str(tmp_path))
+    assert loaded.report.exact and loaded.config.num_heads == 2 and loaded.config.num_registers == 3
+    for side in (32, 48):
+        x = pictures(side)
+        assert (forward_tokens(loaded.module, x).all - model(x).last_hidden_state).abs().max() < 1e-5
+    there = to_hf(loaded.module.state_dict(), "dinov3_vit")
+    back = to_timm(there).tensors
+    wanted = loaded.module.state_dict()
+    assert back.keys() == wanted.keys() and all(torch.equal(back[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_original_dinov3_as_timm_converts_it(gated: bool, tmp_path: Path) -> None:
+    name = "vit_small_plus_patch16_dinov3_qkvb" if gated else "vit_small_patch16_dinov3_qkvb"
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 128, "depth": 2, "num_heads": 2}
+    encoder = filled(timm.create_model(name, num_classes=0, **size))
+    names = {"gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma", "reg_token": "storage_tokens"}
+    names |= {"mlp.fc1_g": "mlp.w1", "mlp.fc1_x": "mlp.w2"} | ({"mlp.fc2": "mlp.w3"} if gated else {})
+    original = {"mask_token": torch.zeros(1, 128), "rope_embed.periods": torch.ones(16)}
+    for key, tensor in encoder.state_dict().items():
+        if key.endswith("v_bias"):
+            continue
+        if key.endswith("q_bias"):
+            stem = key.removesuffix("q_bias")
+            value = encoder.state_dict()[f"{stem}v_bias"]
+            key, tensor = f"{stem}qkv.bias", torch.cat([tensor, torch.full_like(tensor, 7.0), value])
+            original[f"{stem}qkv.bias_mask"] = torch.ones_like(tensor)
+        for ours_, theirs in names.items():
+            key = key.replace(ours_, theirs)
+        original[key] = tensor
+    torch.save({"teacher": prefixed("backbone.", original)}, tmp_path / "dinov3.pth")
+    loaded = load_encoder(str(tmp_path / "dinov3.pth"))
+    assert same(loaded.module, encoder) and loaded.report.exact
+    assert difference(loaded.module, encoder) < 1e-5 and difference(loaded.module, encoder, 48) < 1e-5
+    unmasked = {k: t for k, t in original.items() if not k.endswith("bias_mask")}
+    assert "blocks.0.attn.qkv.bias" in to_timm(unmasked).tensors, "a bias of the keys that counts is never dropped"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("quick_gelu", [False, True])
+@torch.no_grad()
+def test_open_clips_own_tower(quick_gelu: bool, tmp_path: Path) -> None:
+    open_clip = pytest.importorskip("open_clip", reason="needs sslvit[openclip]")
+    vision = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8}
+    text = {"context_length": 8, "vocab_size": 32, "width": 16, "heads": 2, "layers": 1}
+    torch.manual_seed(0)
+    clip = filled(open_clip.CLIP(24, vision, text, quick_gelu=quick_gelu))
+    torch.save(clip.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
+    model = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text, "quick_gelu": quick_gelu}
+    config = {"model_cfg": model, "preprocess_cfg": {"mean": [0.1, 0.2, 0.3]}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    loaded = load_encoder(str(tmp_path))
+    assert loaded.report.exact and loaded.report.layout == "open_clip"
+    ours_ = forward_tokens(loaded.module, pictures()).cls @ clip.visual.proj
+    assert (ours_ - clip.encode_image(pictures())).abs().max() < 1e-4
+    assert loaded.preprocessing.mean == (0.1, 0.2, 0.3) and loaded.preprocessing.std[0] == pytest.approx(0.26862954)
+    if not quick_gelu:
+        single = load_encoder(f"{tmp_path / 'open_clip_pytorch_model.bin'}?num_heads=2").module
+        assert same(single, loaded.module) and single.norm.eps == 1e-5
+
+
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_a_timm_tower_of_open_clip(tmp_path: Path) -> None:
+    tower = filled(timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=64))
+    save_file(prefixed("visual.trunk.", tower.state_dict()), tmp_path / "open_clip_model.safetensors")
+    vision = {"image_size": 64, "timm_model_name": "vit_tiny_patch16_224", "timm_pool": "token"}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"vision_cfg": vision}}))
+    loaded = load_encoder(str(tmp_path))
+    assert same(loaded.module, tower) and loaded.preprocessing.image_size == 64
+    assert loaded.preprocessing.mean[0] == pytest.approx(0.48145466)
+
+
 # --- runs -----------------------------------------------------------------------------------------------------------
 
 
@@ -393,7 +477,7 @@ def test_what_did_not_fit_is_printed_and_nothing_else(
 def test_init_encoder_builds_the_config_and_fills_it(tmp_path: Path) -> None:
     torch.save(dict(plain().state_dict()), tmp_path / "dino.pth")
     config = EncoderConfig("vit_tiny_patch16_224", 8, 64, True, 4, 1, 64, 2, 1)
-    encoder, report = init_encoder(str(tmp_path / "dino.pth"), config)
+    encoder, report = init_encoder(load_encoder(str(tmp_path / "dino.pth")), config)
     assert encoder.pos_embed.shape == (1, 64, 64) and report.missing == ["reg_token"]
     assert "missing: reg_token" in str(report)
 
@@ -448,7 +532,8 @@ def test_what_is_no_encoder_is_said_in_one_line(spec: str, words: str) -> None:
         ({}, "neither checkpoints/ nor config.json"),
         ({"config.json": "{}"}, "model_type '' is not one of"),
         ({"config.json": "{"}, "not readable as JSON"),
-        ({"config.json": '{"model_type": "dinov3_vit"}'}, "vit_small_patch16_dinov3"),
+        ({"config.json": '{"model_type": "dinov3_convnext"}'}, "'dinov3_convnext' is not one of"),
+        ({"open_clip_config.json": '{"model_cfg": {}}', "model.safetensors": ""}, "safely|cannot be read|no readable"),
         ({"config.json": '{"model_type": "vit"}'}, "no model.safetensors"),
         ({"config.json": '{"model_type": "vit"}', "model.safetensors": "nonsense"}, "safely"),
         ({"config.json": '{"model_type": "vit", "hidden_act": "swish"}'}, "hidden_act 'swish'"),

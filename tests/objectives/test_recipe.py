@@ -12,6 +12,7 @@ from sslvit.objectives.recipe import DataFacts, resolve
 
 FREE = {"init", "device", "num_workers", "val_data", "data", "embed_dim", "depth", "num_heads"}
 FREE |= {"weight_decay_end", "train", "val"}
+FREE |= {"teacher", "image_width", "local_width", "act_layer", "heads_lr"}  # None is their value, too
 
 
 def missing(node, prefix=""):

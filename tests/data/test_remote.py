@@ -1,0 +1,250 @@
+"""Tar shards behind URLs: a local HTTP server, an S3 one, and fsspec's memory; the local tar source is the oracle."""
+
+import http.server
+import io
+import pickle
+import tarfile
+import threading
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sslvit.data import remote, tar
+from sslvit.data.config import CropsConfig, PhotometryConfig
+from sslvit.data.loader import Loader
+from sslvit.data.sources import open_source
+from sslvit.errors import InputError, Resumable
+
+CROPS = CropsConfig(num_global=2, global_scale=[0.4, 1.0], num_local=0)
+
+
+def png(value):
+    """A grey image file that does not shrink away."""
+    noise = np.random.default_rng(value).integers(0, 256, (24, 30), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def shard(first, count):
+    """The bytes of a WebDataset shard."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as file:
+        for number in range(first, first + count):
+            for name, data in ((f"{number}.png", png(number)), (f"{number}.cls", str(number % 3).encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                file.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Ranges of files in memory; as an S3 server it also lists a bucket."""
+
+    files: dict[str, bytes]
+    asked: Counter
+    failing = 0  # how many of the next reads fail
+    ranges = True
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        if "list-type=2" in self.path:
+            return self.listing()
+        if type(self).failing > 0:
+            type(self).failing -= 1
+            return self.say(503, b"")
+        return self.answer(body=True)
+
+    def answer(self, body):
+        data = self.files.get(self.path.split("?")[0])
+        if data is None:
+            return self.say(404, b"")
+        header, status = {"ETag": f'"{hash(data)}"', "Accept-Ranges": "bytes"}, 200
+        if body and (wanted := self.headers.get("Range")) and self.ranges:
+            first, last = (int(x) for x in wanted.removeprefix("bytes=").split("-"))
+            header["Content-Range"] = f"bytes {first}-{min(last, len(data) - 1)}/{len(data)}"
+            data, status = data[first : last + 1], 206
+            self.asked[self.path.split("?")[0], first] += 1
+        return self.say(status, data, body, **header)
+
+    def listing(self):
+        entries = "".join(
+            f"<Contents><Key>{name.split('/', 2)[2]}</Key><Size>{len(data)}</Size><ETag>&quot;e&quot;</ETag>"
+            "<LastModified>2025-01-01T00:00:00.000Z</LastModified><StorageClass>STANDARD</StorageClass></Contents>"
+            for name, data in sorted(self.files.items())
+        )
+        text = f"<ListBucketResult><Name>b</Name><IsTruncated>false</IsTruncated>{entries}</ListBucketResult>"
+        self.say(200, text.encode(), **{"Content-Type": "application/xml"})
+
+    def say(self, status, data, body=True, **header):
+        self.send_response(status)
+        for name, value in header.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """(address, its class): two shards below /b/data/."""
+    shards = {f"/b/data/train-{i:02d}.tar": shard(20 * i, 20) for i in range(2)}
+    handler = type("Files", (Server,), {"files": shards, "asked": Counter()})
+    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=running.serve_forever, daemon=True)
+    thread.start()
+    monkeypatch.setattr(remote, "_PAUSES", (0.0, 0.0))
+    yield f"http://127.0.0.1:{running.server_port}", handler
+    running.shutdown()
+    running.server_close()
+
+
+@pytest.fixture
+def local(tmp_path):
+    """The same shards on the disk."""
+    for i in range(2):
+        (tmp_path / f"train-{i:02d}.tar").write_bytes(shard(20 * i, 20))
+    return open_source(f"tar:{tmp_path}/train-{{00..01}}.tar")
+
+
+@pytest.fixture
+def memory():
+    """fsspec's own: no packages, no sockets."""
+    fsspec = pytest.importorskip("fsspec", reason="needs sslvit[remote]")
+    system = fsspec.filesystem("memory")
+    for i in range(2):
+        system.pipe_file(f"/shards/train-{i:02d}.tar", shard(20 * i, 20))
+    yield "memory://shards"
+    system.rm("/shards", recursive=True)
+
+
+def check_same(far, near):
+    assert len(far) == len(near) == 40 and far.class_names == near.class_names
+    np.testing.assert_array_equal(far.labels["label"], near.labels["label"])
+    again = pickle.loads(pickle.dumps(far))
+    for index in (0, 19, 20, 39):
+        assert far.name(index) == near.name(index)
+        assert far.read(index) == again.read(index) == near.read(index)
+    assert again.fingerprint() == far.fingerprint()
+
+
+@pytest.mark.parametrize("pattern", ["/train-{00..01}.tar", "/*.tar", "/"])
+def test_shards_in_memory_are_those_on_the_disk(pattern, memory, local):
+    check_same(open_source(f"tar:{memory}{pattern}"), local)
+
+
+def test_shards_over_http_are_those_on_the_disk(server, local):
+    pytest.importorskip("aiohttp", reason="needs sslvit[remote]")
+    check_same(open_source(f"tar:{server[0]}/b/data/train-{{00..01}}.tar"), local)
+    signed = ",".join(f"{server[0]}/b/data/train-0{i}.tar?token=a&expires=9" for i in range(2))
+    check_same(open_source(f"tar:{signed}"), local)
+
+
+def test_shards_in_a_bucket_are_those_on_the_disk(server, local, monkeypatch):
+    pytest.importorskip("s3fs", reason="needs sslvit[remote]")
+    for name, value in (("AWS_ACCESS_KEY_ID", "a"), ("AWS_SECRET_ACCESS_KEY", "b"), ("AWS_ENDPOINT_URL", server[0])):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    check_same(open_source("tar:s3://b/data/train-*.tar"), local)
+
+
+def stream(source, cursor=0, count=9, **settings):
+    loader = Loader(source, CROPS, PhotometryConfig(), 16, 1, 5, seed=3, num_workers=2, **settings)
+    loader.seek(cursor)
+    batches = iter(loader)
+    taken = [next(batches) for _ in range(count)]
+    batches.close()
+    return [views.sample_ids.tolist() for views, _ in taken], [cursor for _, cursor in taken]
+
+
+def test_order_and_resume_are_exact_and_each_block_comes_once_an_epoch(server, monkeypatch):
+    """A block of 4 KiB holds a few images; memory has room for four of about ten."""
+    pytest.importorskip("aiohttp", reason="needs sslvit[remote]")
+    for module in (remote, tar):
+        monkeypatch.setattr(module, "BLOCK_BYTES", 4096)
+        monkeypatch.setattr(module, "KEPT_BYTES", 8 * 4096)
+    address, handler = server
+    spec = f"tar:{address}/b/data/train-{{00..01}}.tar"
+    source = open_source(spec)
+    num_blocks = sum(-(-len(data) // 4096) for data in handler.files.values())
+    assert source.blocks().at_once == 4 and len(source.blocks().ends) > 8
+    handler.asked.clear()
+    ids, cursors = stream(source, count=8)  # one epoch of 40
+    assert sorted(i for batch in ids for i in batch) == list(range(40))
+    assert handler.asked.total() <= num_blocks + len(source.blocks().ends) / 4 + 2, (
+        "a straddling image at most a window"
+    )
+    later, _ = stream(open_source(spec), cursor=cursors[2], count=5)
+    assert later == ids[3:]
+    shares = [stream(open_source(spec), count=4, rank=rank, world=2)[0] for rank in range(2)]
+    assert [a + b for a, b in zip(*shares, strict=True)] == [ids[2 * i] + ids[2 * i + 1] for i in range(4)]
+
+
+def test_the_index_is_kept_shard_by_shard(memory, monkeypatch):
+    built = []
+    index = tar._index
+    monkeypatch.setattr(tar, "_index", lambda files, shards: built.append(list(shards)) or index(files, shards))
+    for _ in range(2):
+        open_source(f"tar:{memory}/*.tar")
+    assert sorted(built) == [[0], [1]]
+    import fsspec
+
+    fsspec.filesystem("memory").pipe_file("/shards/train-02.tar", shard(40, 5))
+    assert len(open_source(f"tar:{memory}/*.tar")) == 45 and built[2:] == [[2]]
+
+
+def test_a_network_that_fails_for_a_moment_does_no_harm_and_one_that_stays_away_stops_resumably(server):
+    pytest.importorskip("aiohttp", reason="needs sslvit[remote]")
+    address, handler = server
+    source = open_source(f"tar:{address}/b/data/train-00.tar")
+    fresh = pickle.loads(pickle.dumps(source))
+    handler.failing = 2
+    assert fresh.read(3) == png(3)
+    handler.failing = 10**6
+    fresh = pickle.loads(pickle.dumps(source))
+    with pytest.raises(Resumable, match=r"cannot read http.*run the same command again"):
+        fresh.read(0)
+    with pytest.raises(Resumable):  # from a loading thread too: never a replaced "bad image"
+        stream(pickle.loads(pickle.dumps(source)), count=1)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("tar:{}/b/data/none.tar", "nothing at http"),
+        ("tar:{}/b/data/train-00.tar,/tmp/x.tar", "no .tar file"),
+        ("parquet:{}/b/data/x.parquet", "only tar shards are read from afar"),
+        ("tar:nosuch://b/x.tar", "nosuch://b/x.tar"),
+    ],
+)
+def test_what_cannot_be_opened_is_one_line(spec, words, server):
+    pytest.importorskip("aiohttp", reason="needs sslvit[remote]")
+    with pytest.raises(InputError, match=words) as caught:
+        open_source(spec.format(server[0]))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_server_without_ranges_and_a_missing_package_are_named(server, monkeypatch):
+    pytest.importorskip("aiohttp", reason="needs sslvit[remote]")
+    monkeypatch.setattr(remote, "BLOCK_BYTES", 4096)
+    server[1].ranges = False
+    with pytest.raises(InputError, match="serves no ranges"):
+        open_source(f"tar:{server[0]}/b/data/train-01.tar")
+    import fsspec
+
+    def absent(url):
+        raise ImportError("no module named s3fs")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", absent)
+    with pytest.raises(InputError, match=r"pip install 'sslvit\[remote\]'"):
+        open_source("tar:s3://b/x.tar")
