@@ -7,17 +7,24 @@ GPU wait.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import re
-from collections.abc import Mapping
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from sslvit.errors import InputError
+from sslvit.errors import InputError, RankLost
 
 __all__ = [
     "all_gather_cat",
@@ -26,16 +33,45 @@ __all__ = [
     "barrier",
     "broadcast_object",
     "choose_device",
+    "full",
     "init",
     "is_main",
+    "joined",
     "local_rank",
     "native_bf16",
     "rank",
+    "shard",
+    "shard_like",
     "shutdown",
+    "unsharded",
+    "whole",
     "world_size",
 ]
 
-TIMEOUT = timedelta(minutes=10)
+log = logging.getLogger(__name__)
+
+TIMEOUT = timedelta(minutes=10)  # how long a collective waits for a process that does not answer
+BEAT_SECONDS = 1.0  # between two signs of life
+SILENT_SECONDS = 5.0  # without one, a process counts as gone
+SHARED_MEMORY = 64 << 20  # bytes of /dev/shm that NCCL may need for each process of a machine
+
+
+@contextlib.contextmanager
+def joined(device: str | None = None) -> Iterator[torch.device]:
+    """Within it this process is one of the run's: `init` before, `shutdown` after.
+
+    When another one dies or stops answering, whatever collective notices raises RankLost, which names it.
+    """
+    chosen = init(device)
+    try:
+        yield chosen
+    except RuntimeError as error:
+        if not _is_of_a_peer(error):
+            raise
+        reason = str(error).strip().splitlines()[0][:200]
+        raise RankLost(f"{_lost()}; run the same command to go on from the last checkpoint ({reason})") from error
+    finally:
+        shutdown()
 
 
 def init(device: str | None = None) -> torch.device:
@@ -48,8 +84,86 @@ def init(device: str | None = None) -> torch.device:
     if environment is not None and not dist.is_initialized():
         os.environ.update(environment)
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, init_method="env://", timeout=TIMEOUT)
+        if chosen.type == "cuda":
+            _check_shared_memory(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        _join(backend)
     return chosen
+
+
+def _join(backend: str) -> None:
+    """init_process_group over a store that is kept, for the signs of life."""
+    global _heart
+    timeout = timedelta(seconds=float(os.environ.get("SSLVIT_COLLECTIVE_SECONDS", TIMEOUT.total_seconds())))
+    store, number, size = next(dist.rendezvous("env://", timeout=timeout))
+    dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=timeout)
+    _heart = _Heart(store, number, size)
+
+
+class _Heart:
+    """Each process says in the common store that it lives; asked after a failure, it tells who went silent."""
+
+    def __init__(self, store: dist.Store, number: int, size: int) -> None:
+        self.number, self.size = number, size
+        self._store = dist.PrefixStore("alive", store.clone() if hasattr(store, "clone") else store)
+        self._stopping = threading.Event()
+        self._beat()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="heart")
+        self._thread.start()
+
+    def _beat(self) -> None:
+        self._store.add(str(self.number), 1)
+
+    def _run(self) -> None:
+        while not self._stopping.wait(BEAT_SECONDS):
+            try:
+                self._beat()
+            except RuntimeError:  # the store went with rank 0
+                return
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._thread.join(timeout=2 * BEAT_SECONDS)
+
+    def silent(self) -> list[int]:
+        """The processes that give no sign of life for a few seconds; rank 0 when the store itself is gone."""
+        others = [number for number in range(self.size) if number != self.number]
+        try:
+            before = {number: self._store.add(str(number), 0) for number in others}
+            end = time.monotonic() + SILENT_SECONDS
+            while others and time.monotonic() < end:
+                time.sleep(BEAT_SECONDS / 4)
+                others = [number for number in others if self._store.add(str(number), 0) == before[number]]
+        except RuntimeError:
+            return [0]
+        return others
+
+
+_heart: _Heart | None = None
+
+
+def _is_of_a_peer(error: RuntimeError) -> bool:
+    """Whether an error of a collective means that another process is gone; gloo says so in words alone."""
+    words = ("gloo", "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")
+    return dist.is_initialized() and (isinstance(error, dist.DistError) or any(word in str(error) for word in words))
+
+
+def _lost() -> str:
+    silent = [] if _heart is None else _heart.silent()
+    if not silent:
+        return f"another of the {world_size()} processes ended with an error of its own"
+    names = " and ".join(str(number) for number in silent)
+    return f"process {names} of {world_size()} (counted from 0) is gone or does not answer"
+
+
+def _check_shared_memory(processes: int) -> None:
+    """Processes of one machine talk through /dev/shm (NCCL); a container's 64 MiB may end them without words."""
+    place = Path("/dev/shm")
+    needed = SHARED_MEMORY * processes
+    if processes > 1 and place.is_dir() and (free := shutil.disk_usage(place).free) < needed:
+        log.warning(
+            "/dev/shm has %d MiB free, %d processes may need %d: start the container with --shm-size=%dm or --ipc=host",
+            *(free >> 20, processes, needed >> 20, needed >> 20),
+        )
 
 
 def native_bf16(device: torch.device | str) -> bool:
@@ -61,6 +175,10 @@ def native_bf16(device: torch.device | str) -> bool:
 
 def shutdown() -> None:
     """Leaves the process group, if there is one."""
+    global _heart
+    if _heart is not None:
+        _heart.stop()
+        _heart = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -126,6 +244,63 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     return box[0]
+
+
+# ---- weights that are shared out (FSDP2) ----------------------------------------------------------------------------
+
+
+def shard(module: nn.Module, bf16: bool) -> None:
+    """Shares out weights, gradients and whatever the optimizer keeps of them over all processes; before the optimizer.
+
+    One group (torch's fully_shard): the whole module is gathered when its forward begins and let go after its backward,
+    in bfloat16 where the device has autocast for every layer (CUDA); gradients are reduced in fp32. The few gigabytes
+    that a gathered ViT-g takes are worth the simplicity: the code may touch any weight. No-op in a single process.
+    """
+    if world_size() == 1:
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    kind = next(module.parameters()).device.type
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if bf16 and kind == "cuda" else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
+    fully_shard(module, mesh=init_device_mesh(kind, (world_size(),)), mp_policy=policy)
+
+
+@contextlib.contextmanager
+def whole(module: nn.Module) -> Iterator[None]:
+    """Within it the module's weights are there in full, for an evaluation; one that is not shared stays as it is."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if not isinstance(module, FSDPModule):
+        yield
+        return
+    module.unshard()
+    try:
+        yield
+    finally:
+        module.reshard()
+
+
+def unsharded(tensor: Tensor) -> Tensor:
+    """The part of a shared tensor that this process holds, as a plain one; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a shared tensor, on every process that calls (all must); any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A copy of a whole tensor on `other`'s device, shared out as `other` is where the shapes agree."""
+    if isinstance(other, DTensor) and tensor.shape == other.shape:
+        placed = tensor.to(other.device)
+        return distribute_tensor(placed, other.device_mesh, other.placements, src_data_rank=None)
+    return tensor.to(other.device, copy=True)
 
 
 def choose_device(device: str | None) -> torch.device:

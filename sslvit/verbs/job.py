@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
+import subprocess
 import sys
 import time
 import zlib
@@ -22,15 +24,18 @@ from typing import Any
 
 import sslvit
 from sslvit.commands import explain, parse
-from sslvit.errors import EXIT_BUG, EXIT_DONE, EXIT_INPUT, EXIT_RESUMABLE
+from sslvit.errors import EXIT_BUG, EXIT_DONE, EXIT_INPUT, EXIT_RESUMABLE, RankLost
 from sslvit.run_folder import process_start, write_atomically
 
-#: Sent before a time limit. After TERM (preemption, cancelling) it is Slurm's to requeue the job, or nobody's.
+#: Sent before a time limit. After TERM the job is requeued only if Slurm has no plan of its own for it.
 REQUEUE_SIGNAL = getattr(signal, "SIGUSR2", signal.SIGTERM)
 WATCHED = (signal.SIGTERM, REQUEUE_SIGNAL)
 
+#: States of a job that ended without a last word.
+WITHOUT_A_WORD = ("running", "requeued", "lost")
+MAX_IN_VAIN = 3
 
-#: Exit code, one line, and the error if it is a bug.
+#: Exit code, one line, and the error if it is a bug, a lost process or a signal outside of a training loop.
 Ending = tuple[int, str, BaseException | None]
 
 
@@ -55,14 +60,26 @@ class Job:
         requeue, signals = signal.getsignal(REQUEUE_SIGNAL), Signals()
         try:
             with signals:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, WATCHED)  # held back while Python started, see submit
                 code, message, bug = self._run_all(place)
         except Interrupted as stop:  # just before or just after the verb
-            code, message, bug = EXIT_RESUMABLE, f"stopped by {stop}", None
-        if bug is not None:
+            code, message, bug = EXIT_RESUMABLE, f"stopped by {stop}", stop
+        if code == EXIT_BUG and bug is not None:
             note.write("failed", EXIT_BUG, message)
             _end_local_siblings(place)
             raise bug
-        if code == EXIT_RESUMABLE and REQUEUE_SIGNAL in signals.received and callable(requeue):
+        if isinstance(bug, RankLost):
+            note.write("lost", code, message)
+            _end_local_siblings(place)
+            _leave(place, code, wait=False)
+        if (
+            code == EXIT_RESUMABLE
+            and signals.received
+            and callable(requeue)
+            and _is_to_requeue(place, signals.received)
+        ):
+            if isinstance(bug, Interrupted) and place.rank != 0:
+                _requeue_at_once(place)
             _requeue(place, requeue, note)
         elif code != EXIT_DONE:
             note.write("stopped" if code == EXIT_RESUMABLE else "wrong input", code, message, signals.names)
@@ -98,13 +115,13 @@ def _run(words: list[str], place: Place) -> Ending:
         command = parse(words)
         answer = getattr(sslvit, command.verb)(*command.positional, **command.arguments)
     except Interrupted as stop:
-        return EXIT_RESUMABLE, f"stopped by {stop}; it goes on where it was", None
+        return EXIT_RESUMABLE, f"stopped by {stop}; it goes on where it was", stop
     except (Exception, KeyboardInterrupt) as error:
         ending = explain(error)
         if ending is None:
             return EXIT_BUG, f"{type(error).__name__}: {error}", error
         print(f"sslvit {words[0]}: {ending[1]}", file=sys.stderr, flush=True)
-        return *ending, None
+        return *ending, error if isinstance(error, RankLost) else None
     if isinstance(answer, str):
         print(answer)
     return EXIT_DONE, "", None
@@ -234,13 +251,75 @@ def _requeue(place: Place, submitit_handler: Callable[..., Any], note: Note) -> 
     try:
         submitit_handler(REQUEUE_SIGNAL, None)
     except Exception as error:  # too many time limits, or Slurm says no
+        if place.cluster == "slurm" and isinstance(error, subprocess.SubprocessError) and not _is_running(place.job_id):
+            _leave(place, EXIT_RESUMABLE)  # another task was faster
         note.write("stopped", EXIT_RESUMABLE, f"not requeued: {error}")
         raise
 
 
-def _leave(place: Place, code: int) -> None:
+def _requeue_at_once(place: Place) -> None:
+    """A task other than rank 0 that a signal ends before it trains: rank 0 may be waiting for it where no signal wakes
+    it (a rendezvous, a first collective), so this one asks Slurm, and there is nothing to save.
+    """
+    if place.cluster == "slurm" and _is_running(place.job_id):
+        subprocess.run(["scontrol", "requeue", place.job_id], check=False, timeout=60)
+    _leave(place, EXIT_RESUMABLE)
+
+
+def _is_to_requeue(place: Place, received: set[int]) -> bool:
+    """After USR2 always. After TERM, when Slurm still lets the job run: it is neither preempting nor cancelling it."""
+    return REQUEUE_SIGNAL in received or (place.cluster == "slurm" and _is_running(place.job_id))
+
+
+def _is_running(job_id: str) -> bool:
+    """Whether Slurm itself has not begun to end the job."""
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        command = ["squeue", "-h", "-o", "%T", "-j", job_id]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        return answer.stdout.split()[:1] == ["RUNNING"]
+    return False
+
+
+def after_srun(code: int, folder: str, output_dir: str, max_num_requeues: int) -> int:
+    """In the batch script, once all tasks have ended; returns its exit code.
+
+    A job that went without a word (a dead node, kill -9, out of memory) is queued again: not more than
+    `max_num_requeues` times, and three times at most without a new checkpoint.
+    """
+    if code == EXIT_DONE:
+        return code
+    job_id = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ["SLURM_JOB_ID"])
+    job_id += f"_{os.environ['SLURM_ARRAY_TASK_ID']}" if "SLURM_ARRAY_TASK_ID" in os.environ else ""
+    state, reached = Path(folder) / f"{job_id}_state.json", Path(folder) / f"{job_id}_reached"
+    try:
+        note = json.loads(state.read_text())
+    except (OSError, ValueError):
+        note = {"state": "running"}
+    newest = _newest_checkpoint(Path(output_dir))
+    count, _, before = (reached.read_text() if reached.exists() else "0 ").partition(" ")
+    in_vain = int(count) + 1 if before == newest else 0
+    tried = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    if note["state"] not in WITHOUT_A_WORD or not _is_running(job_id):
+        return code
+    if tried >= max_num_requeues or in_vain >= MAX_IN_VAIN:
+        print(f"sslvit: gone without a word again, after {newest}; not queued again", file=sys.stderr)
+        return code
+    write_atomically(reached, f"{in_vain} {newest}")
+    print(f"sslvit: gone without a word (exit code {code}), after {newest}; queued again", file=sys.stderr, flush=True)
+    return subprocess.run(["scontrol", "requeue", job_id], check=False).returncode
+
+
+def _newest_checkpoint(output_dir: Path) -> str:
+    """`checkpoints/step_0000500` of the stage that saved last; `the start` without any."""
+    found = [path for path in output_dir.glob("**/checkpoints/step_*") if re.fullmatch(r"step_\d+", path.name)]
+    if not found:
+        return "the start"
+    return str(max(found, key=lambda path: path.stat().st_mtime).relative_to(output_dir))
+
+
+def _leave(place: Place, code: int, wait: bool = True) -> None:
     """End this task. On Slurm the first that ends takes the others along: rank 0, which may be saving, goes first."""
-    if place.cluster == "slurm" and place.rank != 0:
+    if place.cluster == "slurm" and place.rank != 0 and wait:
         time.sleep(120)
     sys.stdout.flush()
     sys.exit(code)
@@ -256,3 +335,9 @@ def _end_local_siblings(place: Place) -> None:
             pid = int(entry.parent.name)
             if parent == os.getppid() and pid != os.getpid():
                 os.kill(pid, signal.SIGKILL)
+
+
+if __name__ == "__main__":  # the batch script's last line: after CODE FOLDER MAX OUT... (one for each job of an array)
+    _, _, _code, _folder, _most, *_outs = sys.argv
+    _out = _outs[int(os.environ.get("SLURM_ARRAY_TASK_ID", 0))]
+    sys.exit(after_srun(int(_code), _folder, _out, int(_most)))

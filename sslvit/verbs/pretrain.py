@@ -57,10 +57,8 @@ def pretrain(
         if folder.finished:
             print(f"{path}: finished already; overwrite=true starts over")
             return path
-        try:
-            _run(config, folder, distributed.init(config.device))
-        finally:
-            distributed.shutdown()
+        with distributed.joined(config.device) as device:
+            _run(config, folder, device)
     return path
 
 
@@ -75,6 +73,8 @@ def _run(config: PretrainConfig, folder: RunFolder, device: torch.device) -> Non
     folder.write_resolved(resolved, reasons)
     preprocessing = _preprocessing(resolved, source, folder, teacher or init)
     module = build(resolved, preprocessing, init, teacher).to(device)
+    if resolved.sharded:
+        distributed.shard(module, bf16=resolved.precision == "bf16")
     loader = _loader(resolved, source, bad_files, device, preprocessing)
     optim = resolved.optim
     groups = param_groups(module, optim.weight_decay, _required(optim.layer_decay), encoder_prefix="student.")
@@ -103,7 +103,7 @@ def _run(config: PretrainConfig, folder: RunFolder, device: torch.device) -> Non
             },
             metrics=MetricsLog(folder.path),
             stop=stop,
-            periodic=None if monitor is None else lambda step: monitor(module.judged, step),
+            periodic=None if monitor is None else lambda step: _judge(monitor, module, step),
             periodic_every=_required(resolved.knn.every),
             best="knn/top1",
             watch=Alarms(resolved),
@@ -274,6 +274,11 @@ def _monitor(config: PretrainConfig, source: Source, preprocessing: Preprocessin
         num_images=config.knn.num_images,
         num_workers=config.num_workers,
     )
+
+
+def _judge(monitor: KnnMonitor, module: Pretraining, step: int) -> dict[str, float]:
+    with distributed.whole(module):
+        return monitor(module.judged, step)
 
 
 def _required(value: Any) -> Any:

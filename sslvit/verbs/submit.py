@@ -8,6 +8,7 @@ queued again.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -30,7 +31,16 @@ from sslvit.commands import Command, JobFailed, parse
 from sslvit.config import load_config, shipped_file
 from sslvit.errors import EXIT_DONE, EXIT_INPUT, EXIT_RESUMABLE, InputError, Resumable
 from sslvit.run_folder import process_start, write_atomically
-from sslvit.verbs.job import Job
+from sslvit.verbs.job import WITHOUT_A_WORD, Job
+from sslvit.verbs.plan import (
+    ASSUMED,
+    GPUS,
+    Hardware,
+    describe_plan,
+    estimate,
+    gpu_named,
+    refuse_what_cannot_fit,
+)
 
 DISTRIBUTED = ("pretrain", "align")  # verbs whose tasks share the work
 LIVE = ("waiting", "running", "unknown")
@@ -58,6 +68,8 @@ class LaunchConfig:
     signal_delay_s: int = 120  # how long before the time limit the job is told to save
     max_num_requeues: int = 30
     array_parallelism: int = 16  # how many jobs of a sweep run at once
+    gpu: str | None = None  # e.g. h100, for the plan; auto: what `constraint` names
+    utilisation: float = 0.3  # share of the GPU's peak that the plan counts on
 
 
 @dataclass(frozen=True)
@@ -115,7 +127,10 @@ def submit(
     settings = fit_to_verb(read_launch(launch or "local"), plans[0].words[0])
     if dry_run:
         print(describe(plans, settings))
+        check_plans(plans, settings, show=True)
         return []
+    if hardware_of(settings).gpu_known:
+        check_plans(plans, settings)
     records = _start(plans, settings)
     if wait or follow:
         records = _watch(records, settings, follow)
@@ -184,6 +199,10 @@ def read_launch(name: str) -> LaunchConfig:
         for key in SLURM_ONLY:
             if getattr(settings, key) != getattr(default, key):
                 raise InputError(f"{found}: {key} means nothing on cluster: local; take it out, or use cluster: slurm")
+    if settings.gpu is not None and settings.gpu not in GPUS:
+        raise InputError(f"{found}: gpu is {settings.gpu!r}; known are {', '.join(GPUS)}")
+    if not 0 < settings.utilisation <= 1:
+        raise InputError(f"{found}: utilisation is {settings.utilisation}; it is above 0 and at most 1")
     for key in ("nodes", "tasks_per_node", "cpus_per_task", "hours", "mem_gb", "array_parallelism"):
         value = getattr(settings, key)
         if value is not None and value <= 0:
@@ -242,16 +261,44 @@ def describe(plans: Sequence[Plan], settings: LaunchConfig) -> str:
     return "\n".join(lines)
 
 
+def check_plans(plans: Sequence[Plan], settings: LaunchConfig, show: bool = False) -> None:
+    """Refuse what cannot fit; `show` prints what each pretraining job will take."""
+    for plan in plans:
+        command = parse(plan.words)
+        if command.verb != "pretrain":
+            continue
+        found = estimate(command.arguments, hardware_of(settings))
+        if show:
+            print(describe_plan(found) if found else "# no plan: this encoder's sizes are known when it is built")
+        if found:
+            refuse_what_cannot_fit(found)
+
+
+def hardware_of(settings: LaunchConfig) -> Hardware:
+    """What the plan needs to know of a launch file."""
+    named = settings.gpu or gpu_named(settings.constraint)
+    has_gpus = num_gpus(settings) > 0
+    tasks = num_tasks(settings)
+    return Hardware(
+        tasks=settings.nodes * tasks,
+        tasks_per_node=tasks,
+        gpu=(named or ASSUMED) if has_gpus else None,
+        gpu_known=bool(has_gpus and named),
+        utilisation=settings.utilisation,
+        mem_gb=settings.mem_gb,
+    )
+
+
 def sbatch_file(plans: Sequence[Plan], settings: LaunchConfig) -> str:
     """The file submitit would hand to sbatch, made by submitit itself; needs no Slurm."""
     base = plans[0].base
-    executor = _slurm_executor(base.absolute() / "jobs", settings, f"sslvit-{base.name}", pretend=True)
+    executor = _slurm_executor(base.absolute() / "jobs", settings, plans, pretend=True)
     if len(plans) > 1:
         executor.parameters["map_count"] = len(plans)
     return str(executor._make_submission_file_text(executor._submitit_command_str, "dry-run"))
 
 
-def _slurm_executor(folder: Path, settings: LaunchConfig, name: str, pretend: bool = False) -> Any:
+def _slurm_executor(folder: Path, settings: LaunchConfig, plans: Sequence[Plan], pretend: bool = False) -> Any:
     """A submitit Slurm executor with our settings; `pretend` makes one where there is no Slurm."""
     import submitit
 
@@ -262,7 +309,7 @@ def _slurm_executor(folder: Path, settings: LaunchConfig, name: str, pretend: bo
 
     kind = Pretended if pretend else submitit.SlurmExecutor
     try:
-        executor = kind(folder=folder, max_num_timeout=settings.max_num_requeues)
+        executor = kind(folder=folder, max_num_timeout=settings.max_num_requeues, python=_patient_python())
     except RuntimeError:
         raise InputError("there is no srun here; log in to the cluster, or use --launch local") from None
     minutes = math.ceil(60 * (settings.hours if settings.hours is not None else 24))
@@ -272,7 +319,7 @@ def _slurm_executor(folder: Path, settings: LaunchConfig, name: str, pretend: bo
         key, equals, value = text.removeprefix("--").partition("=")
         further[key] = value if equals else True
     parameters: dict[str, Any] = {
-        "job_name": name,
+        "job_name": f"sslvit-{plans[0].base.name}",
         "time": minutes,
         "nodes": settings.nodes,
         "ntasks_per_node": num_tasks(settings),
@@ -286,11 +333,33 @@ def _slurm_executor(folder: Path, settings: LaunchConfig, name: str, pretend: bo
         "signal_delay_s": settings.signal_delay_s,
         "srun_args": [*settings.srun_args, *cpus],
         "setup": settings.setup or None,
+        "teardown": _at_the_end(folder, plans, settings),
         "array_parallelism": settings.array_parallelism,
         "additional_parameters": further,
     }
     executor.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
     return executor
+
+
+@functools.cache
+def _patient_python() -> str:
+    """The running Python, started with TERM and USR2 held back until the job can answer them: imports take seconds."""
+    hold = "env --block-signal=USR2 --block-signal=TERM"
+    try:
+        known = subprocess.run([*hold.split(), "true"], capture_output=True, check=False).returncode == 0
+    except OSError:
+        known = False
+    python = shlex.quote(sys.executable)
+    return f"{hold} {python}" if known else python  # coreutils before 8.31 cannot
+
+
+def _at_the_end(folder: Path, plans: Sequence[Plan], settings: LaunchConfig) -> list[str]:
+    """What the batch script does last: when the tasks are gone without a word, because a node died, say, it asks Slurm
+    to queue the job again.
+    """
+    outs = [str(plan.output_dir.absolute()) for plan in plans]
+    words = [sys.executable, "-m", "sslvit.verbs.job", "after", str(folder), str(settings.max_num_requeues), *outs]
+    return [f"exec {shlex.join(words[:4])} $? {shlex.join(words[4:])}"]
 
 
 # ---- queueing -------------------------------------------------------------------------------------------------------
@@ -346,7 +415,7 @@ def _keep(record: Record) -> None:
 def _start_on_slurm(plans: Sequence[Plan], folder: Path, settings: LaunchConfig, num_restarts: int) -> list[str]:
     import submitit
 
-    executor = _slurm_executor(folder, settings, f"sslvit-{plans[0].base.name}")
+    executor = _slurm_executor(folder, settings, plans)
     try:
         jobs = executor.submit_array([Job((plan.words,), str(folder), num_restarts) for plan in plans])
     except submitit.core.utils.FailedJobError as error:
@@ -443,7 +512,7 @@ def state_of(record: Record) -> dict[str, Any]:
     live = _slurm_state(record) if record.cluster == "slurm" else _local_state(record, note)
     if live is not None:
         state = live
-    elif state in ("waiting", "running", "requeued"):
+    elif state in ("waiting", *WITHOUT_A_WORD):
         state = "killed"
     if _was_cancelled(record) and live is None and state != "done":
         state = "cancelled"
