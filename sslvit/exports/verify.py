@@ -29,7 +29,9 @@ from sslvit.errors import InputError
 
 EXTRAS = {"transformers": "vlm", "open_clip": "openclip", "onnxruntime": "onnx"}
 TOLERANCE, TOLERANCE_ONNX = 1e-5, 1e-4
-TIMEOUT = 900  # seconds for all folders of one export
+TIMEOUT = 900  # seconds for all folders one library opens
+
+Opened = tuple[dict[str, Tensor], dict[str, Any]]  # what a library computed, and what it says about itself
 
 
 class VerificationError(RuntimeError):
@@ -50,19 +52,22 @@ class Check:
 def verify(loaded: LoadedEncoder, checks: Sequence[Check]) -> list[dict[str, Any]]:
     """One report per check: library, version, and the maximum difference per image size. VerificationError otherwise.
 
-    A library that is not installed is reported as skipped. All checks share one subprocess.
+    A library that is not installed is reported as skipped. Each library has one fresh process for all of its checks.
     """
     inputs = make_inputs(loaded)
-    present = [check for check in checks if is_installed(check.library)]
-    opened = iter(_reopen(inputs, present) if present else [])
+    opened: dict[Check, Opened] = {}
+    for library in dict.fromkeys(check.library for check in checks):
+        group = [check for check in checks if check.library == library]
+        if is_installed(library):
+            opened |= zip(group, reopened(inputs, group), strict=True)
     reports = []
     for check in checks:
         if check.reimport:
             _compare_weights(loaded, check)
-        if check not in present:
-            reports.append({"library": check.library, "skipped": f"needs sslvit[{EXTRAS[check.library]}]"})
+        if check in opened:
+            reports.append(compare(loaded, inputs, check, *opened[check]))
         else:
-            reports.append(_compare(loaded, inputs, check, *next(opened)))
+            reports.append({"library": check.library, "skipped": f"needs sslvit[{EXTRAS[check.library]}]"})
     return reports
 
 
@@ -84,8 +89,8 @@ def make_inputs(loaded: LoadedEncoder) -> dict[str, Tensor]:
     return inputs
 
 
-def _reopen(inputs: Mapping[str, Tensor], checks: Sequence[Check]) -> list[tuple[dict[str, Tensor], dict[str, Any]]]:
-    """Outputs and facts of each check, from a fresh process that sees no network."""
+def reopened(inputs: Mapping[str, Tensor], checks: Sequence[Check], python: str = sys.executable) -> list[Opened]:
+    """Outputs and facts of each check, from a fresh process of `python` that sees no network."""
     native, other, _ = inputs
     with tempfile.TemporaryDirectory() as work:
         save_file(dict(inputs), f"{work}/inputs.safetensors")
@@ -100,25 +105,25 @@ def _reopen(inputs: Mapping[str, Tensor], checks: Sequence[Check]) -> list[tuple
         ]
         job = Path(work) / "job.json"
         job.write_text(json.dumps({"inputs": f"{work}/inputs.safetensors", "checks": entries}))
-        _run_process(job)
+        _run_process(job, python)
         return [
             (load_file(f"{work}/{index}.safetensors"), json.loads(Path(f"{work}/{index}.json").read_text()))
             for index in range(len(checks))
         ]
 
 
-def _run_process(job: Path) -> None:
+def _run_process(job: Path, python: str = sys.executable) -> None:
     roots = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment = {**os.environ, **offline, "PYTHONPATH": os.pathsep.join(filter(None, roots))}
-    command = [sys.executable, "-P", "-m", "sslvit.exports.reopen", str(job)]
+    command = [python, "-P", "-m", "sslvit.exports.reopen", str(job)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     if result.returncode:
         lines = [line for line in result.stderr.strip().splitlines() if line.strip()] or ["no message"]
         raise VerificationError(f"an exported folder cannot be opened by its library: {lines[-1].strip()}")
 
 
-def _compare(
+def compare(
     loaded: LoadedEncoder,
     inputs: Mapping[str, Tensor],
     check: Check,
