@@ -1,6 +1,8 @@
-"""Shared by all tests: one thread, no network, a private cache."""
+"""Shared by all tests: one thread, no network, a private cache, and folders reopened in this process."""
 
 import os
+import sys
+from importlib import import_module
 
 import pytest
 
@@ -14,6 +16,17 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 def _private_cache(tmp_path_factory):
     """Indices and features of the tests never touch the user's cache."""
     os.environ["SSLVIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def _reopen_here(request, monkeypatch):
+    """What an export starts a fresh process for happens in this one, but in tests named `fresh`: seconds for each."""
+    if "fresh" in request.node.name:
+        return
+    for room in ("exports.verify", "vlm.folder"):
+        if module := sys.modules.get(f"sslvit.{room}"):
+            reopen = module.__name__.rpartition(".")[0] + ".reopen"
+            monkeypatch.setattr(module, "_run_process", lambda job, *_, name=reopen: import_module(name).main(job))
 
 
 @pytest.fixture(scope="session")

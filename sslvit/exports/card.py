@@ -93,7 +93,7 @@ def model_card(
         "## Checked\n\n" + _checked(name, reports),
     ]
     if rows := facts.get("results"):
-        parts.append("## Numbers\n\n" + _numbers(rows))
+        parts.append("## Numbers\n\n" + numbers_table(rows))
     parts.append("## Limits\n\n" + _limits(loaded, name))
     parts.append("## Licence\n\n" + licence_paragraph(loaded, facts) + "\n")
     parts.append("## Citation\n\n" + _citation(facts))
@@ -133,7 +133,7 @@ def _what(loaded: LoadedEncoder, facts: Mapping[str, Any]) -> str:
         "Started from": facts.get("init") or "random weights" if "config" in facts else loaded.source,
         "Steps": loaded.step if loaded.step is not None else facts.get("steps"),
         "Objectives": ", ".join(_objectives(facts)) or None,
-        "Hardware": _hardware(facts.get("environment")),
+        "Hardware": hardware(facts.get("environment")),
         "Weights (SHA-256)": loaded.fingerprint,
     }
     return "\n".join(lines + [f"- {key}: {value}" for key, value in known.items() if value is not None]) + "\n"
@@ -143,7 +143,7 @@ def _objectives(facts: Mapping[str, Any]) -> list[str]:
     return [name for name in PAPERS if (facts.get("config") or {}).get(name)]
 
 
-def _hardware(environment: Any) -> str | None:
+def hardware(environment: Any) -> str | None:
     """From env.json: never the host's name."""
     if not isinstance(environment, Mapping):
         return None
@@ -196,7 +196,8 @@ def _checked(name: str, reports: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _numbers(rows: Sequence[Mapping[str, Any]]) -> str:
+def numbers_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows of a results.json as a Markdown table."""
     lines = ["| what | value | 95% interval | protocol | data | seed |", "|---|---|---|---|---|---|"]
     for row in rows:
         bounds = [_number(bound) for bound in row.get("ci95") or ()]

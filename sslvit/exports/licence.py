@@ -73,8 +73,11 @@ def licence_warning(loaded: LoadedEncoder, facts: Mapping[str, Any]) -> str | No
 def front_matter_lines(loaded: LoadedEncoder, facts: Mapping[str, Any]) -> list[str]:
     """`license:` as the hub wants it at the top of a card."""
     name = licence(loaded, facts)
-    if name is None:
-        return []
+    return [] if name is None else license_lines(name)
+
+
+def license_lines(name: str) -> list[str]:
+    """One licence in a card's front matter."""
     return [f"license: {name}"] if name in KNOWN_TO_THE_HUB else ["license: other", f"license_name: {name}"]
 
 

@@ -16,7 +16,10 @@ from typing import Any
 from torch import Tensor
 
 from sslvit.encoder.config import Preprocessing
+from sslvit.encoder.weights import LoadedEncoder
+from sslvit.errors import InputError
 from sslvit.exports.files import write_json, write_tensors
+from sslvit.exports.hf_folder import hf_class
 from sslvit.exports.processor import image_processor_config
 
 _NOT_THE_MODEL = frozenset(  # keys of every transformers config that say nothing about this language model
@@ -37,6 +40,20 @@ class Writing:
     pad_id: int
 
 
+def check_llava(loaded: LoadedEncoder) -> None:
+    """InputError with the reason when no LLaVA folder can hold the encoder exactly; asked before anything is trained."""
+    try:
+        hf_class(loaded.module)
+    except InputError as error:
+        raise InputError(f"{loaded.source}: a vision-language folder cannot hold it; {error}") from None
+    channels = loaded.preprocessing.channels
+    if channels not in (1, 3):
+        raise InputError(
+            f"{loaded.source}: it expects {channels} channels, and transformers' image processors read grey or RGB; "
+            "align an encoder of 1 or 3 channels"
+        )
+
+
 def write_llava_folder(
     folder: Path,
     *,
@@ -45,9 +62,8 @@ def write_llava_folder(
     language: tuple[Mapping[str, Any], Mapping[str, Tensor]],
     writing: Writing,
     preprocessing: Preprocessing,
-    readme: str,
 ) -> None:
-    """Fills `folder` (existing, empty) with the model, tokenizer, processor and chat template.
+    """Fills `folder` (existing, empty) with the model, tokenizer, processor and chat template; the card comes later.
 
     `vision` and `language` are (config, tensors) as transformers names them; `connector` holds `linear_1.*` and
     `linear_2.*`. Tensors are written as they are.
@@ -63,7 +79,6 @@ def write_llava_folder(
     _write_processor(folder, vision_config, preprocessing)
     _write_tokenizer(folder, writing)
     (folder / "chat_template.jinja").write_text(writing.template, encoding="utf-8")
-    (folder / "README.md").write_text(readme, encoding="utf-8")
 
 
 def llava_config(

@@ -59,7 +59,7 @@ def verify(loaded: LoadedEncoder, checks: Sequence[Check]) -> list[dict[str, Any
     for library in dict.fromkeys(check.library for check in checks):
         group = [check for check in checks if check.library == library]
         if is_installed(library):
-            opened |= zip(group, reopened(inputs, group), strict=True)
+            opened |= zip(group, reopened([(inputs, group)])[0], strict=True)
     reports = []
     for check in checks:
         if check.reimport:
@@ -89,27 +89,37 @@ def make_inputs(loaded: LoadedEncoder) -> dict[str, Tensor]:
     return inputs
 
 
-def reopened(inputs: Mapping[str, Tensor], checks: Sequence[Check], python: str = sys.executable) -> list[Opened]:
-    """Outputs and facts of each check, from a fresh process of `python` that sees no network."""
-    native, other, _ = inputs
+def reopened(
+    groups: Sequence[tuple[Mapping[str, Tensor], Sequence[Check]]], python: str = sys.executable
+) -> list[list[Opened]]:
+    """Outputs and facts of each group's checks, all of one library, from one fresh process of `python`.
+
+    A group is an encoder's inputs with the folders that were made of it. The process sees no network.
+    """
     with tempfile.TemporaryDirectory() as work:
-        save_file(dict(inputs), f"{work}/inputs.safetensors")
-        entries = [
-            {
-                "folder": str(check.folder),
-                "library": check.library,
-                "sizes": [native, other] if check.any_size else [native],
-                "output": f"{work}/{index}",
-            }
-            for index, check in enumerate(checks)
-        ]
+        jobs = []
+        for number, (inputs, checks) in enumerate(groups):
+            native, other, _ = inputs
+            save_file(dict(inputs), f"{work}/{number}.inputs.safetensors")
+            entries = [
+                {
+                    "folder": str(check.folder),
+                    "library": check.library,
+                    "sizes": [native, other] if check.any_size else [native],
+                    "output": f"{work}/{number}.{index}",
+                }
+                for index, check in enumerate(checks)
+            ]
+            jobs.append({"inputs": f"{work}/{number}.inputs.safetensors", "checks": entries})
         job = Path(work) / "job.json"
-        job.write_text(json.dumps({"inputs": f"{work}/inputs.safetensors", "checks": entries}))
+        job.write_text(json.dumps(jobs))
         _run_process(job, python)
-        return [
-            (load_file(f"{work}/{index}.safetensors"), json.loads(Path(f"{work}/{index}.json").read_text()))
-            for index in range(len(checks))
-        ]
+        return [[_opened(Path(entry["output"])) for entry in job["checks"]] for job in jobs]
+
+
+def _opened(output: Path) -> Opened:
+    facts = json.loads(output.with_name(output.name + ".json").read_text())
+    return load_file(output.with_name(output.name + ".safetensors")), facts
 
 
 def _run_process(job: Path, python: str = sys.executable) -> None:
@@ -131,6 +141,8 @@ def compare(
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The report of one check; VerificationError where anything is off."""
+    if "error" in facts:
+        raise VerificationError(f"{check.folder.name} cannot be opened by {check.library}: {facts['error']}")
     where = f"{check.folder.name} in {check.library} {facts['version']}"
     if facts["wrong_keys"]:
         raise VerificationError(f"{where}: weights missing or left over: {', '.join(facts['wrong_keys'][:4])}")
