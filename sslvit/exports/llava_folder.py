@@ -23,7 +23,7 @@ from sslvit.exports.hf_folder import hf_class
 from sslvit.exports.processor import image_processor_config
 
 _NOT_THE_MODEL = frozenset(  # keys of every transformers config that say nothing about this language model
-    {"transformers_version", "architectures", "dtype", "torch_dtype", "attn_implementation", "output_hidden_states"}
+    {"transformers_version", "dtype", "torch_dtype", "attn_implementation", "output_hidden_states"}
     | {"output_attentions", "return_dict", "chunk_size_feed_forward", "is_encoder_decoder", "problem_type"}
     | {"id2label", "label2id", "pretraining_tp"}
 )
@@ -114,6 +114,10 @@ def additional_tokens(vision_config: Mapping[str, Any]) -> int:
 def portable_text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The language model's config without facts of this machine, with rotary settings under their old names too."""
     text = {name: value for name, value in config.items() if name not in _NOT_THE_MODEL and not name.startswith("_")}
+    if not text.get("architectures"):
+        text.pop("architectures", None)
+        if config.get("model_type") == "llama":
+            text["architectures"] = ["LlamaForCausalLM"]  # vLLM looks the class up by this name
     rope = text.get("rope_parameters")
     if isinstance(rope, Mapping) and "rope_theta" in rope:
         text["rope_theta"] = rope["rope_theta"]
