@@ -8,7 +8,7 @@ INPUTS := setup.cfg pyproject.toml $(CONSTRAINTS)
 BENCH ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types test-all bench docs clean
+.PHONY: help setup demo test lint types test-all beside bench docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,8 +37,18 @@ demo: $(VENV)/.installed-demo  ## the whole story on built-in scenes, into runs/
 test: $(VENV)/.installed-dev  ## the tests
 	$(BIN)/python -m pytest -m 'not slow and not gpu'
 
-test-all: $(VENV)/.installed-dev  ## the tests with the long ones
+test-all: $(VENV)/.installed-dev beside  ## the tests with the long ones, at the oldest libraries too
 	$(BIN)/python -m pytest --timeout 3600
+
+# Environments that see .venv's packages, with some of their own in front. Without a package index their tests skip.
+beside: $(VENV)-oldest/.installed $(VENV)-downstream/.installed
+
+$(VENV)-%/.installed: requirements/%.txt $(VENV)/.installed-dev
+	$(BIN)/python -m venv $(VENV)-$*
+	@where='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	$(BIN)/python -c "$$where" > "$$($(VENV)-$*/bin/python -c "$$where")/beside.pth"
+	@$(VENV)-$*/bin/python -m pip install --disable-pip-version-check -q -r $< && touch $@ || \
+	{ rm -rf $(VENV)-$*; echo 'skipped: $< cannot be installed here; its tests will skip'; }
 
 lint: $(VENV)/.installed-dev  ## ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

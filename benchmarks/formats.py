@@ -33,6 +33,7 @@ from sslvit.exports.llava_folder import Writing, check_llava, write_llava_folder
 from sslvit.exports.verify import Check, Opened, VerificationError, compare, make_inputs, reopened
 from sslvit.run_folder import write_atomically
 from sslvit.vlm.batches import PairImages
+from sslvit.vlm.chat import Chat
 from sslvit.vlm.config import LanguageConfig
 from sslvit.vlm.connectors import MlpConnector
 from sslvit.vlm.folder import compare_with_folder
@@ -73,6 +74,7 @@ FORMS: dict[str, tuple[str, str, dict]] = {
     "qk_norm": ("normalised queries and keys", "vit_tiny_patch16_224", {**PLAIN, "qk_norm": True}),
     "rope": ("rotary positions (DINOv3)", "vit_small_patch16_dinov3", DINOV3),
 }
+PAIRS = "scenes:?n=8&size=32"
 VLM = "llava"  # the column of the vision-language folder
 
 
@@ -170,12 +172,11 @@ def _vlm_rows(form: str, loaded: LoadedEncoder, folder: Path, pythons: list[str]
         yield _row(form, VLM, refused=str(error))
         return
     folder.mkdir(parents=True)
-    pairs = open_pairs("scenes:?n=8&size=32")
-    model_and_chat = _vlm(loaded, folder, text_corpus(pairs, 200))
-    images = PairImages(pairs, loaded.preprocessing, BadFiles(folder.parent / "bad_files.jsonl"))
+    model, chat = write_untrained_vlm(loaded, folder)
+    images = PairImages(open_pairs(PAIRS), loaded.preprocessing, BadFiles(folder.parent / "bad_files.jsonl"))
     for python in pythons:
         try:
-            report = compare_with_folder(*model_and_chat, folder, images, python)
+            report = compare_with_folder(model, chat, folder, images, python)
         except RuntimeError as error:
             yield _row(form, VLM, "transformers", failed=" ".join(str(error).split()))
             continue
@@ -183,9 +184,10 @@ def _vlm_rows(form: str, loaded: LoadedEncoder, folder: Path, pythons: list[str]
             yield _row(form, VLM, "transformers", report["version"], f"log probabilities, {what}", value=difference)
 
 
-def _vlm(loaded: LoadedEncoder, folder: Path, corpus: list[str]) -> tuple[VisionLanguage, object]:
+def write_untrained_vlm(loaded: LoadedEncoder, folder: Path) -> tuple[VisionLanguage, Chat]:
+    """Fill `folder` with the encoder, a random connector and a random language model; what is in memory, too."""
     settings = LanguageConfig(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64, max_length=128)
-    language = bundled_language(train_tokenizer(corpus, 400), settings, 0)
+    language = bundled_language(train_tokenizer(text_corpus(open_pairs(PAIRS), 200), 400), settings, 0)
     connector = MlpConnector(loaded.module.num_features, settings.hidden_size, 0)
     chat = language.chat
     write_llava_folder(

@@ -3,8 +3,11 @@
 import os
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).parents[1]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -27,6 +30,26 @@ def _reopen_here(request, monkeypatch):
         if module := sys.modules.get(f"sslvit.{room}"):
             reopen = module.__name__.rpartition(".")[0] + ".reopen"
             monkeypatch.setattr(module, "_run_process", lambda job, *_, name=reopen: import_module(name).main(job))
+
+
+def beside(name):
+    """The interpreter of the environment `make beside` puts next to .venv, or a skip that says why."""
+    python = Path(os.environ.get(f"SSLVIT_{name.upper()}", ROOT / f".venv-{name}" / "bin" / "python"))
+    if not python.exists():
+        pytest.skip(f"requirements/{name}.txt is not installed; make beside")
+    return str(python)
+
+
+@pytest.fixture(scope="session")
+def oldest_python():
+    """An interpreter with the oldest libraries we support."""
+    return beside("oldest")
+
+
+@pytest.fixture(scope="session")
+def downstream_python():
+    """An interpreter with what docs/downstream.md uses beyond the extras."""
+    return beside("downstream")
 
 
 @pytest.fixture(scope="session")

@@ -131,12 +131,13 @@ def test_export_import_export_is_bit_for_bit(form: str, tmp_path: Path) -> None:
     need(*EXTRAS)
     loaded = encoder(form)
     for name in (name for name in possible_formats(loaded)[0] if name != "onnx"):
-        folders = [tmp_path / which / name for which in ("first", "second")]
-        for source, folder in zip((lambda: loaded, lambda: load_encoder(str(folders[0]))), folders, strict=True):  # noqa: B023
+        once, twice = (tmp_path / which / name for which in ("once", "twice"))
+        for folder in (once, twice):
             folder.mkdir(parents=True)
-            write_folder(source(), name, folder)
-        assert load_encoder(str(folders[1])).preprocessing == loaded.preprocessing
-        first, second = (sorted(folder.rglob("*.safetensors")) for folder in folders)
+        write_folder(loaded, name, once)
+        write_folder(load_encoder(str(once)), name, twice)
+        assert load_encoder(str(twice)).preprocessing == loaded.preprocessing
+        first, second = sorted(once.rglob("*.safetensors")), sorted(twice.rglob("*.safetensors"))
         for a, b in zip(first, second, strict=True):
             x, y = load_file(a), load_file(b)
             assert x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in x), (form, name)
