@@ -16,7 +16,7 @@ from sslvit.checkpoint import save_checkpoint
 from sslvit.encoder.architecture import Architecture
 from sslvit.encoder.config import EncoderConfig
 from sslvit.encoder.vit import forward_tokens
-from sslvit.encoder.weights import LoadedEncoder, load_encoder
+from sslvit.encoder.weights import LoadedEncoder, init_encoder, load_encoder
 from sslvit.errors import InputError
 from sslvit.exports import reopen, verify
 from sslvit.exports.formats import FORMATS, check_formats, possible_formats, write_folder, write_formats
@@ -141,6 +141,19 @@ def test_export_import_export_is_bit_for_bit(form: str, tmp_path: Path) -> None:
         for a, b in zip(first, second, strict=True):
             x, y = load_file(a), load_file(b)
             assert x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in x), (form, name)
+
+
+@pytest.mark.parametrize("form", ["ours", "twin"])
+@torch.no_grad()
+def test_every_format_is_a_start_for_pretraining(form: str, tmp_path: Path) -> None:
+    """`init=exported/FORMAT`: the same function, also where LayerScale was multiplied in."""
+    loaded, x = encoder(form), torch.randn(2, 3, 32, 32)
+    for name in (name for name in possible_formats(loaded)[0] if name != "onnx"):
+        (tmp_path / name).mkdir()
+        write_folder(loaded, name, tmp_path / name)
+        started, report = init_encoder(str(tmp_path / name), loaded.config)
+        difference = started.eval().forward_features(x) - loaded.module.forward_features(x)
+        assert not report.missing and not report.unexpected and difference.abs().max() < 1e-5, name
 
 
 def test_each_library_has_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
