@@ -4,11 +4,10 @@ import json
 import sys
 from pathlib import Path
 
+import formats
 import pytest
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "benchmarks"))
-import formats  # noqa: E402
 
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "formats.json", ROOT / "docs" / "formats.md"
 
@@ -41,7 +40,9 @@ def test_tables():
     refused = formats._row("rope", "hf", refused="rotary; export timm")
     text = formats.tables([value, zero, refused])
     assert "| class token, 4 registers (the default) | 2e-07 | 0 |" in text
-    assert "| rotary positions (DINOv3) |  | refused |" in text and "| hf | rotary positions (DINOv3) | rotary |" in text
+    assert (
+        "| rotary positions (DINOv3) |  | refused |" in text and "| hf | rotary positions (DINOv3) | rotary |" in text
+    )
     assert "| timm 1 | 2e-07 |  |" in text
 
 

@@ -2,11 +2,11 @@
 
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from formats import encoder, write_untrained_vlm
 
 from sslvit.commands import parse
 from sslvit.config import AlignConfig, EvaluateConfig, PretrainConfig, load_config, shipped_config_names
@@ -16,8 +16,6 @@ from sslvit.objectives.pretraining import Pretraining
 from sslvit.objectives.recipe import DataFacts, resolve
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "benchmarks"))
-from formats import encoder, write_untrained_vlm  # noqa: E402
 
 README = (ROOT / "README.md").read_text()
 

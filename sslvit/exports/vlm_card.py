@@ -1,4 +1,4 @@
-"""The model card (README.md) of a vision-language folder, from facts: what it is made of, checked, measured, limited."""
+"""The model card (README.md) of a vision-language folder, from facts: parts, checks, numbers, limits, licences."""
 
 from __future__ import annotations
 

@@ -1,29 +1,26 @@
 """What tools that are not installed here ask of our folders: their key names and configs, and an independent forward.
 
-The conditions were read in the sources of nanoVLM (models/vision_transformer.py), LLaVA-NeXT (multimodal_encoder/), vLLM
-(models/llava.py, models/siglip.py) and lmms-eval (models/simple/llava_hf.py).
+The conditions were read in the sources of nanoVLM (models/vision_transformer.py), LLaVA-NeXT (multimodal_encoder/),
+vLLM (models/llava.py, models/siglip.py) and lmms-eval (models/simple/llava_hf.py).
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from formats import encoder, write_untrained_vlm
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-from formats import encoder, write_untrained_vlm  # noqa: E402
-
 from sslvit.exports.formats import write_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries that are opened
-BLOCK = ("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2") + tuple(f"self_attn.{x}_proj" for x in ("q", "k", "v", "out"))
+BLOCK = ("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2", *(f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")))
 
 
 def keys_of_a_siglip_loader(depth: int) -> set[str]:
@@ -106,7 +103,12 @@ def test_vllms_conditions(vlm: Path) -> None:
     image_id = json.loads((vlm / "config.json").read_text())["image_token_index"]
     assert int((inputs["input_ids"] == image_id).sum()) == patches
     names = set(load_file(vlm / "model.safetensors"))
-    prefixes = ("vision_tower.vision_model.", "multi_modal_projector.linear_", "language_model.model.", "language_model.lm_head.")
+    prefixes = (
+        "vision_tower.vision_model.",
+        "multi_modal_projector.linear_",
+        "language_model.model.",
+        "language_model.lm_head.",
+    )
     assert all(name.startswith(prefixes) for name in names)
     assert {f"vision_tower.{key}" for key in keys_of_a_siglip_loader(2)} < names
 

@@ -6,17 +6,14 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from formats import encoder, write_untrained_vlm
 from PIL import Image
 from safetensors.torch import load_file
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-from formats import encoder, write_untrained_vlm  # noqa: E402
-from test_conditions import plain_siglip  # noqa: E402
+from test_conditions import plain_siglip
 
 from sslvit.encoder.vit import forward_tokens
 from sslvit.exports.formats import write_folder
@@ -134,7 +131,13 @@ def test_trl(shop: Path, downstream_python: str) -> None:
     look += "\ntrainer.save_model('tuned')"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
     done = subprocess.run(
-        [downstream_python, "-c", block + look], cwd=shop, env=environment, capture_output=True, text=True, timeout=280, check=False
+        [downstream_python, "-c", block + look],
+        cwd=shop,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("LOG ")]

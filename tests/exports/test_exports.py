@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from formats import FORMS, TINY, encoder
 from safetensors.torch import load_file, save_file
 
 from sslvit.checkpoint import save_checkpoint
@@ -23,9 +23,6 @@ from sslvit.exports.formats import FORMATS, check_formats, possible_formats, wri
 from sslvit.exports.hf_folder import hf_class, hf_state
 from sslvit.exports.run_encoders import write_run_encoders
 from sslvit.exports.verify import Check, VerificationError
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-from formats import FORMS, TINY, encoder  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries that are opened
 EXTRAS = ("transformers", "open_clip", "onnxruntime")

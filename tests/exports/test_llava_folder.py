@@ -4,16 +4,13 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from formats import encoder, write_untrained_vlm
 from PIL import Image
 from tiny_vlm import session_root, tiny_run
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-from formats import encoder, write_untrained_vlm  # noqa: E402
 
 from sslvit.data.decode import BadFiles
 from sslvit.data.pairs import open_pairs
