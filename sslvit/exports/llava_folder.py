@@ -41,7 +41,7 @@ class Writing:
 
 
 def check_llava(loaded: LoadedEncoder) -> None:
-    """InputError with the reason when no LLaVA folder can hold the encoder exactly; asked before anything is trained."""
+    """InputError with the reason when no LLaVA folder can hold the encoder exactly; asked before training."""
     try:
         hf_class(loaded.module)
     except InputError as error:
