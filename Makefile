@@ -9,7 +9,7 @@ BENCH ?=
 CHAOS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types test-all test-slurm bench chaos docs clean
+.PHONY: help setup demo test lint types test-all test-slurm beside bench chaos docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,12 +38,22 @@ demo: $(VENV)/.installed-demo  ## the whole story on built-in scenes, into runs/
 test: $(VENV)/.installed-dev  ## the tests
 	$(BIN)/python -m pytest -m 'not slow and not gpu'
 
-test-all: $(VENV)/.installed-dev  ## the tests with the long ones
+test-all: $(VENV)/.installed-dev beside  ## the tests with the long ones, at the oldest libraries too
 	$(BIN)/python -m pytest --timeout 3600
 
 test-slurm: $(VENV)/.installed-dev  ## eight interruptions on a real Slurm of two nodes, brought up here (root; Debian)
 	$(BIN)/python tests/slurm_lab.py install
 	$(BIN)/python -m pytest tests/test_slurm.py -m slow --timeout 1200
+
+# Environments that see .venv's packages, with some of their own in front. Without a package index their tests skip.
+beside: $(VENV)-oldest/.installed $(VENV)-downstream/.installed
+
+$(VENV)-%/.installed: requirements/%.txt $(VENV)/.installed-dev
+	$(BIN)/python -m venv $(VENV)-$*
+	@where='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	$(BIN)/python -c "$$where" > "$$($(VENV)-$*/bin/python -c "$$where")/beside.pth"
+	@$(VENV)-$*/bin/python -m pip install --disable-pip-version-check -q -r $< && touch $@ || \
+	{ rm -rf $(VENV)-$*; echo 'skipped: $< cannot be installed here; its tests will skip'; }
 
 lint: $(VENV)/.installed-dev  ## ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

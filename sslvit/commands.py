@@ -27,6 +27,7 @@ from sslvit.errors import EXIT_BUG, EXIT_INPUT, EXIT_RESUMABLE, InputError, Resu
 from sslvit.run_folder import default_output_dir, is_disk_full
 
 EXPORT_FORMATS = ("timm", "hf", "siglip", "open_clip", "onnx", "safetensors")
+EXPORT_KEYS = ("data_name", "push")
 EMBED_KEYS = ("batch_size", "device", "precision", "num_workers")
 PRETRAIN_DEFAULT = "pretrain/auto"
 
@@ -245,6 +246,7 @@ def _export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run, RUN@best or RUN@step_N")
     parser.add_argument("--output-dir", metavar="OUT", required=True, help="each format goes into OUT/FORMAT/")
     parser.add_argument("--formats", default="timm,hf", metavar="NAMES", help=",".join(EXPORT_FORMATS) + " | all")
+    parser.add_argument("keys", nargs="*", metavar="key=value", help="data_name=TEXT for the cards | push=ORG/NAME")
 
 
 def _export_command(options: argparse.Namespace) -> Command:
@@ -253,6 +255,11 @@ def _export_command(options: argparse.Namespace) -> Command:
         if name not in (*EXPORT_FORMATS, "all"):
             raise InputError(f"unknown format {name!r}; there are {', '.join(EXPORT_FORMATS)}, all")
     arguments = {"output_dir": options.output_dir, "formats": formats}
+    for text in options.keys:
+        key, equals, value = text.partition("=")
+        if key not in EXPORT_KEYS or not equals or not value:
+            raise InputError(f"unknown key {text!r}; export knows {', '.join(f'{key}=' for key in EXPORT_KEYS)}")
+        arguments[key] = value
     return Command("export", (options.run,), arguments, Path(options.output_dir))
 
 
@@ -362,7 +369,8 @@ VERBS: dict[str, Verb] = {
         _embed_command,
     ),
     "export": Verb(
-        "sslvit export RUN --output-dir OUT [--formats timm,hf,siglip,open_clip,onnx,safetensors | all]",
+        "sslvit export RUN --output-dir OUT [--formats timm,hf,siglip,open_clip,onnx,safetensors | all]\n"
+        "                     [data_name=TEXT] [push=ORG/NAME]",
         "Folders that other tools open, each reopened and compared.",
         _export_options,
         _export_command,

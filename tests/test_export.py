@@ -11,7 +11,7 @@ import pytest
 
 from sslvit.encoder.weights import load_encoder
 from sslvit.errors import InputError
-from sslvit.exports import reopen, verify
+from sslvit.exports import verify
 from sslvit.verbs.export import export
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries that are opened
@@ -19,9 +19,8 @@ SPEC = "vit_tiny_patch16_224?pretrained=false&img_size=32&patch_size=8&depth=1&r
 
 
 @pytest.fixture(autouse=True)
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(verify, "_run_process", reopen.main)
 
 
 def test_default_formats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,6 +48,15 @@ def test_formats_as_the_command_line_gives_them(tmp_path: Path) -> None:
     assert list(export(SPEC, output_dir=str(tmp_path), formats="safetensors,timm")) == ["safetensors", "timm"]
     again = load_encoder(str(tmp_path / "safetensors" / "encoder.safetensors"))
     assert again.fingerprint == load_encoder(SPEC).fingerprint
+
+
+def test_a_licence_that_is_not_permissive_is_said_aloud(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export(SPEC, output_dir=tmp_path / "a", formats="timm")
+    assert "warning" not in capsys.readouterr().out
+    config = tmp_path / "a" / "timm" / "config.json"
+    config.write_text(config.read_text().replace('"tag": "sslvit"', '"license": "dinov3-license"'))
+    export(tmp_path / "a" / "timm", output_dir=tmp_path / "b", formats="safetensors")
+    assert "under dinov3-license, which is not permissive" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

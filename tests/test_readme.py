@@ -6,14 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from formats import encoder, write_untrained_vlm
 
 from sslvit.commands import parse
 from sslvit.config import AlignConfig, EvaluateConfig, PretrainConfig, load_config, shipped_config_names
 from sslvit.encoder.config import Preprocessing
+from sslvit.exports.formats import write_folder
 from sslvit.objectives.pretraining import Pretraining
 from sslvit.objectives.recipe import DataFacts, resolve
 
 ROOT = Path(__file__).parents[1]
+
 README = (ROOT / "README.md").read_text()
 
 
@@ -41,6 +44,27 @@ def test_every_snippet_compiles():
     assert blocks("python")
     for snippet in blocks("python"):
         compile(snippet, "README.md", "exec")
+
+
+@pytest.mark.filterwarnings("ignore")  # of the libraries that are opened
+def test_the_loading_snippets_run(tmp_path, monkeypatch):
+    """On folders as `pretrain` and `align` leave them, of tiny encoders."""
+    pytest.importorskip("transformers", reason="needs sslvit[vlm]")
+    runs = tmp_path / "runs"
+    for name, place in {"timm": "pretrain-images/encoder", "hf": "pretrain-images/encoder_hf"}.items():
+        (runs / place).mkdir(parents=True)
+        write_folder(encoder("ours"), name, runs / place)
+    (runs / "align-pretrain-images-pairs" / "vlm").mkdir(parents=True)
+    write_untrained_vlm(encoder("ours"), runs / "align-pretrain-images-pairs" / "vlm")
+    monkeypatch.chdir(tmp_path)
+    ours = encoder("ours").module.state_dict()
+    opened = {}
+    for snippet in blocks("python"):
+        exec(snippet, opened)
+        if "timm" in snippet:
+            assert all(torch.equal(tensor, ours[name]) for name, tensor in opened["encoder"].state_dict().items())
+    assert opened["encoder"].config.model_type == "dinov2_with_registers"
+    assert type(opened["model"]).__name__ == "LlavaForConditionalGeneration" and opened["processor"].tokenizer
 
 
 def test_the_make_targets_exist():

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
-
-from omegaconf import OmegaConf
 
 from sslvit.encoder.weights import LoadedEncoder
 from sslvit.exports.hf_folder import ANY_SIZE, hf_class
+from sslvit.exports.licence import front_matter_lines, licence_paragraph
 
-PERMISSIVE = ("apache-2.0", "mit", "bsd-3-clause", "bsd-2-clause", "cc0-1.0", "cc-by-4.0")
+PLACE = "FOLDER"  # stands for the folder in every snippet
 
 LOADING = {
     "timm": """\
@@ -27,6 +25,13 @@ features = model(torch.zeros(1, {channels}, {size}, {size}))  # (1, {dim})
 ```python
 from transformers import AutoModel
 model = AutoModel.from_pretrained("{path}")
+```
+
+```python
+from open_clip import CLIP
+vision = dict(timm_model_name="local-dir:{path}", timm_model_pretrained=True, timm_proj="none", image_size={size})
+text = dict(context_length=77, vocab_size=49408, width=512, heads=8, layers=12)
+model = CLIP(embed_dim={dim}, vision_cfg=vision | dict(timm_pool="{pool}"), text_cfg=text)  # a new text tower
 ```
 """,
     "hf": """\
@@ -61,16 +66,25 @@ tensors = load_file("{path}/encoder.safetensors")  # timm's key names; the heade
 LOADING["siglip"] = LOADING["hf"]
 
 
+#: The papers behind the objectives of a run.
+PAPERS = {
+    "dino": "Caron et al., Emerging Properties in Self-Supervised Vision Transformers, 2021, arXiv:2104.14294",
+    "ibot": "Zhou et al., iBOT: Image BERT Pre-Training with Online Tokenizer, 2021, arXiv:2111.07832",
+    "koleo": "Oquab et al., DINOv2: Learning Robust Visual Features without Supervision, 2023, arXiv:2304.07193",
+    "mae": "He et al., Masked Autoencoders Are Scalable Vision Learners, 2021, arXiv:2111.06377",
+}
+
+
 def model_card(
     loaded: LoadedEncoder,
     name: str,
     facts: Mapping[str, Any],
     reports: Sequence[Mapping[str, Any]],
-    path: str = "FOLDER",
+    path: str = PLACE,
 ) -> str:
     """The card of `loaded` in format `name`; `facts` as `run_facts` finds them, `reports` as `verify` gave them."""
     parts = [
-        _front_matter(loaded, name),
+        _front_matter(loaded, name, facts),
         f"# {loaded.architecture.name}, pretrained with sslvit\n",
         _what(loaded, facts),
         "## Load it\n\n" + _loading(loaded, name, path),
@@ -79,38 +93,18 @@ def model_card(
         "## Checked\n\n" + _checked(name, reports),
     ]
     if rows := facts.get("results"):
-        parts.append("## Numbers\n\n" + _numbers(rows))
+        parts.append("## Numbers\n\n" + numbers_table(rows))
     parts.append("## Limits\n\n" + _limits(loaded, name))
-    parts.append("## Licence\n\n" + _licence(loaded, facts))
+    parts.append("## Licence\n\n" + licence_paragraph(loaded, facts) + "\n")
+    parts.append("## Citation\n\n" + _citation(facts))
     if config := facts.get("config"):
         parts.append("## Configuration\n\n```json\n" + json.dumps(config, indent=1) + "\n```\n")
     return "\n".join(parts)
 
 
-def run_facts(run: Path) -> dict[str, Any]:
-    """What a run folder says about itself: data, steps, config, hardware, results. Absent files are left out.
-
-    Where pretraining was one chapter of several (a demo), its own record is in `pretrain/` and the results are shared.
-    """
-    facts: dict[str, Any] = {}
-    record = run / "pretrain" if (run / "pretrain" / "config.yaml").is_file() else run
-    for file in ("resolved.yaml", "config.yaml"):
-        if (record / file).is_file():
-            facts["config"] = OmegaConf.to_container(OmegaConf.load(record / file))
-            break
-    config = facts.get("config") or {}
-    facts |= {key: config[key] for key in ("data", "steps", "init") if config.get(key) is not None}
-    for key, source in (("results", run / "results.json"), ("environment", record / "env.json")):
-        if source.is_file():
-            facts[key] = json.loads(source.read_text())
-    return facts
-
-
-def _front_matter(loaded: LoadedEncoder, name: str) -> str:
+def _front_matter(loaded: LoadedEncoder, name: str, facts: Mapping[str, Any]) -> str:
     library = {"timm": "timm", "hf": "transformers", "siglip": "transformers", "open_clip": "open_clip"}.get(name)
-    lines = ["---"]
-    if loaded.license:
-        lines.append(f"license: {loaded.license}")
+    lines = ["---", *front_matter_lines(loaded, facts)]
     if library:
         lines.append(f"library_name: {library}")
     lines += [
@@ -138,15 +132,18 @@ def _what(loaded: LoadedEncoder, facts: Mapping[str, Any]) -> str:
         "Data": facts.get("data"),
         "Started from": facts.get("init") or "random weights" if "config" in facts else loaded.source,
         "Steps": loaded.step if loaded.step is not None else facts.get("steps"),
-        "Objectives": ", ".join(k for k in ("dino", "ibot", "koleo", "mae") if (facts.get("config") or {}).get(k))
-        or None,
-        "Hardware": _hardware(facts.get("environment")),
+        "Objectives": ", ".join(_objectives(facts)) or None,
+        "Hardware": hardware(facts.get("environment")),
         "Weights (SHA-256)": loaded.fingerprint,
     }
     return "\n".join(lines + [f"- {key}: {value}" for key, value in known.items() if value is not None]) + "\n"
 
 
-def _hardware(environment: Any) -> str | None:
+def _objectives(facts: Mapping[str, Any]) -> list[str]:
+    return [name for name in PAPERS if (facts.get("config") or {}).get(name)]
+
+
+def hardware(environment: Any) -> str | None:
     """From env.json: never the host's name."""
     if not isinstance(environment, Mapping):
         return None
@@ -167,6 +164,7 @@ def _loading(loaded: LoadedEncoder, name: str, path: str) -> str:
         channels=loaded.preprocessing.channels,
         size=loaded.preprocessing.image_size,
         dim=loaded.module.num_features,
+        pool=loaded.module.global_pool,
         options=", add_pooling_layer=False" if is_vit else "",
     )
 
@@ -199,7 +197,8 @@ def _checked(name: str, reports: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _numbers(rows: Sequence[Mapping[str, Any]]) -> str:
+def numbers_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows of a results.json as a Markdown table."""
     lines = ["| what | value | 95% interval | protocol | data | seed |", "|---|---|---|---|---|---|"]
     for row in rows:
         bounds = [_number(bound) for bound in row.get("ci95") or ()]
@@ -237,10 +236,8 @@ def _limits(loaded: LoadedEncoder, name: str) -> str:
     return "\n\n".join(lines) + "\n"
 
 
-def _licence(loaded: LoadedEncoder, facts: Mapping[str, Any]) -> str:
-    if loaded.license:
-        warning = "" if loaded.license in PERMISSIVE else " **It is not a permissive licence: read it before use.**"
-        return f"These weights, or those they started from, are under `{loaded.license}`.{warning}\n"
-    if facts.get("init"):
-        return f"They started from `{facts['init']}`, whose licence is not known here and applies.\n"
-    return "Chosen by whoever trained them; sslvit claims nothing.\n"
+def _citation(facts: Mapping[str, Any]) -> str:
+    """The library, and the papers of the objectives this encoder was trained with."""
+    entry = "@software{sslvit, author = {The sslvit developers}, title = {sslvit}, license = {Apache-2.0}}"
+    papers = "\n".join(f"- {PAPERS[name]}" for name in _objectives(facts))
+    return f"```bibtex\n{entry}\n```\n" + (f"\nThe objectives it was trained with:\n\n{papers}\n" if papers else "")

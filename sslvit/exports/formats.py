@@ -88,9 +88,7 @@ def write_formats(loaded: LoadedEncoder, places: Mapping[str, Path], facts: Mapp
         folders = {name: Path(work) / name for name in places}
         for name, folder in folders.items():
             folder.mkdir()
-            FORMATS[name].write(loaded, folder)
-            if not (folder / "preprocessor_config.json").is_file():
-                write_json(folder / "preprocessor_config.json", image_processor_config(loaded.preprocessing))
+            write_folder(loaded, name, folder)
         reports = _verify(loaded, folders)
         if "open_clip" in folders:
             point_to_tower(folders["open_clip"], places["open_clip"])
@@ -102,6 +100,13 @@ def write_formats(loaded: LoadedEncoder, places: Mapping[str, Path], facts: Mapp
     return reports
 
 
+def write_folder(loaded: LoadedEncoder, name: str, folder: Path) -> None:
+    """Fill `folder` (existing, empty) with format `name`, not yet verified and without its card."""
+    FORMATS[name].write(loaded, folder)
+    if not (folder / "preprocessor_config.json").is_file():
+        write_json(folder / "preprocessor_config.json", image_processor_config(loaded.preprocessing))
+
+
 def _remove_leftovers(parent: Path) -> None:
     """What an export that was killed left here; one that is under way is let be."""
     for folder in parent.glob(f"{WORK}*"):
@@ -111,12 +116,13 @@ def _remove_leftovers(parent: Path) -> None:
 
 
 def _verify(loaded: LoadedEncoder, folders: Mapping[str, Path]) -> Reports:
-    checks = {name: _checks(loaded, name, folder) for name, folder in folders.items()}
+    checks = {name: checks_of(loaded, name, folder) for name, folder in folders.items()}
     reports = iter(verify(loaded, [check for group in checks.values() for check in group]))
     return {name: [next(reports) for _ in group] for name, group in checks.items()}
 
 
-def _checks(loaded: LoadedEncoder, name: str, folder: Path) -> list[Check]:
+def checks_of(loaded: LoadedEncoder, name: str, folder: Path) -> list[Check]:
+    """Which libraries open a folder of format `name`, at which sizes, and what difference is allowed."""
     any_size = name not in ("hf", "siglip") or hf_class(loaded.module) in ANY_SIZE
     if name == "onnx":
         return [Check(folder, "onnxruntime", tolerance=TOLERANCE_ONNX, reimport=False)]

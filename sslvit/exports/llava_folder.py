@@ -16,11 +16,14 @@ from typing import Any
 from torch import Tensor
 
 from sslvit.encoder.config import Preprocessing
+from sslvit.encoder.weights import LoadedEncoder
+from sslvit.errors import InputError
 from sslvit.exports.files import write_json, write_tensors
+from sslvit.exports.hf_folder import hf_class
 from sslvit.exports.processor import image_processor_config
 
 _NOT_THE_MODEL = frozenset(  # keys of every transformers config that say nothing about this language model
-    {"transformers_version", "architectures", "dtype", "torch_dtype", "attn_implementation", "output_hidden_states"}
+    {"transformers_version", "dtype", "torch_dtype", "attn_implementation", "output_hidden_states"}
     | {"output_attentions", "return_dict", "chunk_size_feed_forward", "is_encoder_decoder", "problem_type"}
     | {"id2label", "label2id", "pretraining_tp"}
 )
@@ -37,6 +40,20 @@ class Writing:
     pad_id: int
 
 
+def check_llava(loaded: LoadedEncoder) -> None:
+    """InputError with the reason when no LLaVA folder can hold the encoder exactly; asked before training."""
+    try:
+        hf_class(loaded.module)
+    except InputError as error:
+        raise InputError(f"{loaded.source}: a vision-language folder cannot hold it; {error}") from None
+    channels = loaded.preprocessing.channels
+    if channels not in (1, 3):
+        raise InputError(
+            f"{loaded.source}: it expects {channels} channels, and transformers' image processors read grey or RGB; "
+            "align an encoder of 1 or 3 channels"
+        )
+
+
 def write_llava_folder(
     folder: Path,
     *,
@@ -45,9 +62,8 @@ def write_llava_folder(
     language: tuple[Mapping[str, Any], Mapping[str, Tensor]],
     writing: Writing,
     preprocessing: Preprocessing,
-    readme: str,
 ) -> None:
-    """Fills `folder` (existing, empty) with the model, tokenizer, processor and chat template.
+    """Fills `folder` (existing, empty) with the model, tokenizer, processor and chat template; the card comes later.
 
     `vision` and `language` are (config, tensors) as transformers names them; `connector` holds `linear_1.*` and
     `linear_2.*`. Tensors are written as they are.
@@ -63,7 +79,6 @@ def write_llava_folder(
     _write_processor(folder, vision_config, preprocessing)
     _write_tokenizer(folder, writing)
     (folder / "chat_template.jinja").write_text(writing.template, encoding="utf-8")
-    (folder / "README.md").write_text(readme, encoding="utf-8")
 
 
 def llava_config(
@@ -99,6 +114,10 @@ def additional_tokens(vision_config: Mapping[str, Any]) -> int:
 def portable_text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The language model's config without facts of this machine, with rotary settings under their old names too."""
     text = {name: value for name, value in config.items() if name not in _NOT_THE_MODEL and not name.startswith("_")}
+    if not text.get("architectures"):
+        text.pop("architectures", None)
+        if config.get("model_type") == "llama":
+            text["architectures"] = ["LlamaForCausalLM"]  # vLLM looks the class up by this name
     rope = text.get("rope_parameters")
     if isinstance(rope, Mapping) and "rope_theta" in rope:
         text["rope_theta"] = rope["rope_theta"]

@@ -15,7 +15,7 @@ from sslvit.errors import InputError
 from sslvit.exports.files import write_json
 from sslvit.exports.timm_folder import write_timm_folder
 
-CONFIG = "open_clip_config.json"
+CONFIG, TOWER = "open_clip_config.json", "tower"
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12}  # open_clip's defaults
 
 
@@ -30,16 +30,21 @@ def check_open_clip(loaded: LoadedEncoder) -> None:
 def write_open_clip_folder(loaded: LoadedEncoder, folder: Path) -> None:
     """Fill `folder` (existing, empty)."""
     check_open_clip(loaded)
-    (folder / "tower").mkdir()
-    write_timm_folder(loaded, folder / "tower")
-    write_json(folder / CONFIG, open_clip_config(loaded, folder / "tower"))
+    (folder / TOWER).mkdir()
+    write_timm_folder(loaded, folder / TOWER)
+    write_json(folder / CONFIG, open_clip_config(loaded, folder / TOWER))
 
 
 def point_to_tower(folder: Path, place: Path) -> None:
     """Name the tower by where it will lie once `folder` is moved to `place`."""
     config = json.loads((folder / CONFIG).read_text())
-    config["model_cfg"]["vision_cfg"]["timm_model_name"] = f"local-dir:{(place / 'tower').resolve()}"
-    write_json(folder / CONFIG, config)
+    write_json(folder / CONFIG, with_tower(config, f"local-dir:{(place / TOWER).resolve()}"))
+
+
+def with_tower(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """`config` with the tower named `name`, which timm opens."""
+    model = config["model_cfg"]
+    return config | {"model_cfg": model | {"vision_cfg": model["vision_cfg"] | {"timm_model_name": name}}}
 
 
 def open_clip_config(loaded: LoadedEncoder, tower: Path) -> dict[str, Any]:

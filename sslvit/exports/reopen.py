@@ -108,16 +108,22 @@ LIBRARIES: dict[str, Callable[[Path, Images, Tensor], tuple[Outputs, dict[str, A
 
 
 def main(job_file: Path) -> None:
-    """Run every check of the job; outputs go to the files it names, one pair per check."""
-    job = json.loads(job_file.read_text())
-    inputs = load_file(job["inputs"])
-    picture = inputs.pop("picture")
-    for check in job["checks"]:
-        images = {size: inputs[size] for size in check["sizes"]}
-        with torch.no_grad():
-            outputs, facts = LIBRARIES[check["library"]](Path(check["folder"]), images, picture)
-        save_file({name: tensor.contiguous() for name, tensor in outputs.items()}, check["output"] + ".safetensors")
-        Path(check["output"] + ".json").write_text(json.dumps(facts))
+    """Run every check of every job; outputs go to the files it names, one pair per check."""
+    for job in json.loads(job_file.read_text()):
+        inputs = load_file(job["inputs"])
+        picture = inputs.pop("picture")
+        for check in job["checks"]:
+            outputs, facts = _run(check, {size: inputs[size] for size in check["sizes"]}, picture)
+            save_file({name: tensor.contiguous() for name, tensor in outputs.items()}, check["output"] + ".safetensors")
+            Path(check["output"] + ".json").write_text(json.dumps(facts))
+
+
+@torch.no_grad()
+def _run(check: dict[str, Any], images: Images, picture: Tensor) -> tuple[Outputs, dict[str, Any]]:
+    try:
+        return LIBRARIES[check["library"]](Path(check["folder"]), images, picture)
+    except Exception as error:  # whatever a library raises is what there is to say about the folder
+        return {}, {"error": " ".join(f"{type(error).__name__}: {error}".split())[:400]}
 
 
 def _run_timm(model: Any, images: Images) -> Outputs:

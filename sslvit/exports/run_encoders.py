@@ -8,7 +8,7 @@ from typing import Any
 
 from sslvit.encoder.weights import load_encoder
 from sslvit.errors import InputError
-from sslvit.exports.card import run_facts
+from sslvit.exports.facts import run_facts
 from sslvit.exports.formats import Reports, write_formats
 from sslvit.exports.hf_folder import check_hf
 

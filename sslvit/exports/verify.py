@@ -29,7 +29,9 @@ from sslvit.errors import InputError
 
 EXTRAS = {"transformers": "vlm", "open_clip": "openclip", "onnxruntime": "onnx"}
 TOLERANCE, TOLERANCE_ONNX = 1e-5, 1e-4
-TIMEOUT = 900  # seconds for all folders of one export
+TIMEOUT = 900  # seconds for all folders one library opens
+
+Opened = tuple[dict[str, Tensor], dict[str, Any]]  # what a library computed, and what it says about itself
 
 
 class VerificationError(RuntimeError):
@@ -50,19 +52,22 @@ class Check:
 def verify(loaded: LoadedEncoder, checks: Sequence[Check]) -> list[dict[str, Any]]:
     """One report per check: library, version, and the maximum difference per image size. VerificationError otherwise.
 
-    A library that is not installed is reported as skipped. All checks share one subprocess.
+    A library that is not installed is reported as skipped. Each library has one fresh process for all of its checks.
     """
     inputs = make_inputs(loaded)
-    present = [check for check in checks if is_installed(check.library)]
-    opened = iter(_reopen(inputs, present) if present else [])
+    opened: dict[Check, Opened] = {}
+    for library in dict.fromkeys(check.library for check in checks):
+        group = [check for check in checks if check.library == library]
+        if is_installed(library):
+            opened |= zip(group, reopened([(inputs, group)])[0], strict=True)
     reports = []
     for check in checks:
         if check.reimport:
             _compare_weights(loaded, check)
-        if check not in present:
-            reports.append({"library": check.library, "skipped": f"needs sslvit[{EXTRAS[check.library]}]"})
+        if check in opened:
+            reports.append(compare(loaded, inputs, check, *opened[check]))
         else:
-            reports.append(_compare(loaded, inputs, check, *next(opened)))
+            reports.append({"library": check.library, "skipped": f"needs sslvit[{EXTRAS[check.library]}]"})
     return reports
 
 
@@ -84,41 +89,51 @@ def make_inputs(loaded: LoadedEncoder) -> dict[str, Tensor]:
     return inputs
 
 
-def _reopen(inputs: Mapping[str, Tensor], checks: Sequence[Check]) -> list[tuple[dict[str, Tensor], dict[str, Any]]]:
-    """Outputs and facts of each check, from a fresh process that sees no network."""
-    native, other, _ = inputs
+def reopened(
+    groups: Sequence[tuple[Mapping[str, Tensor], Sequence[Check]]], python: str = sys.executable
+) -> list[list[Opened]]:
+    """Outputs and facts of each group's checks, all of one library, from one fresh process of `python`.
+
+    A group is an encoder's inputs with the folders that were made of it. The process sees no network.
+    """
     with tempfile.TemporaryDirectory() as work:
-        save_file(dict(inputs), f"{work}/inputs.safetensors")
-        entries = [
-            {
-                "folder": str(check.folder),
-                "library": check.library,
-                "sizes": [native, other] if check.any_size else [native],
-                "output": f"{work}/{index}",
-            }
-            for index, check in enumerate(checks)
-        ]
+        jobs = []
+        for number, (inputs, checks) in enumerate(groups):
+            native, other, _ = inputs
+            save_file(dict(inputs), f"{work}/{number}.inputs.safetensors")
+            entries = [
+                {
+                    "folder": str(check.folder),
+                    "library": check.library,
+                    "sizes": [native, other] if check.any_size else [native],
+                    "output": f"{work}/{number}.{index}",
+                }
+                for index, check in enumerate(checks)
+            ]
+            jobs.append({"inputs": f"{work}/{number}.inputs.safetensors", "checks": entries})
         job = Path(work) / "job.json"
-        job.write_text(json.dumps({"inputs": f"{work}/inputs.safetensors", "checks": entries}))
-        _run_process(job)
-        return [
-            (load_file(f"{work}/{index}.safetensors"), json.loads(Path(f"{work}/{index}.json").read_text()))
-            for index in range(len(checks))
-        ]
+        job.write_text(json.dumps(jobs))
+        _run_process(job, python)
+        return [[_opened(Path(entry["output"])) for entry in job["checks"]] for job in jobs]
 
 
-def _run_process(job: Path) -> None:
+def _opened(output: Path) -> Opened:
+    facts = json.loads(output.with_name(output.name + ".json").read_text())
+    return load_file(output.with_name(output.name + ".safetensors")), facts
+
+
+def _run_process(job: Path, python: str = sys.executable) -> None:
     roots = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment = {**os.environ, **offline, "PYTHONPATH": os.pathsep.join(filter(None, roots))}
-    command = [sys.executable, "-P", "-m", "sslvit.exports.reopen", str(job)]
+    command = [python, "-P", "-m", "sslvit.exports.reopen", str(job)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     if result.returncode:
         lines = [line for line in result.stderr.strip().splitlines() if line.strip()] or ["no message"]
         raise VerificationError(f"an exported folder cannot be opened by its library: {lines[-1].strip()}")
 
 
-def _compare(
+def compare(
     loaded: LoadedEncoder,
     inputs: Mapping[str, Tensor],
     check: Check,
@@ -126,6 +141,8 @@ def _compare(
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The report of one check; VerificationError where anything is off."""
+    if "error" in facts:
+        raise VerificationError(f"{check.folder.name} cannot be opened by {check.library}: {facts['error']}")
     where = f"{check.folder.name} in {check.library} {facts['version']}"
     if facts["wrong_keys"]:
         raise VerificationError(f"{where}: weights missing or left over: {', '.join(facts['wrong_keys'][:4])}")

@@ -22,8 +22,11 @@ from sslvit.config import AlignConfig, check_config, load_config
 from sslvit.data.decode import BadFiles
 from sslvit.data.pairs import Pairs, open_pairs, split_by_image, text_corpus
 from sslvit.encoder.weights import LoadedEncoder, load_encoder, random_like
+from sslvit.exports.files import write_json
 from sslvit.exports.hf_folder import hf_state
-from sslvit.exports.llava_folder import Writing, write_llava_folder
+from sslvit.exports.licence import licence_of
+from sslvit.exports.llava_folder import Writing, check_llava, write_llava_folder
+from sslvit.exports.vlm_card import vlm_card
 from sslvit.metrics import MetricsLog
 from sslvit.run_folder import RunFolder, default_output_dir, write_atomically
 from sslvit.signals import StopFlag
@@ -41,7 +44,7 @@ from sslvit.vlm.language import (
     merged,
 )
 from sslvit.vlm.model import VisionLanguage
-from sslvit.vlm.recipe import check, resolve
+from sslvit.vlm.recipe import STAGES, check, resolve
 from sslvit.vlm.sees import (
     Answers,
     Exam,
@@ -116,6 +119,7 @@ class Workshop:
 def _run(config: AlignConfig, folder: RunFolder, device: torch.device) -> None:
     pairs, val = _open_data(config)
     encoder = load_encoder(str(config.encoder))
+    check_llava(encoder)
     resolved, reasons = resolve(config, len(pairs))
     folder.write_resolved(resolved, reasons)
     bad_files = BadFiles(folder.path / "bad_files.jsonl", max_bad_rate=config.max_bad_rate)
@@ -126,6 +130,7 @@ def _run(config: AlignConfig, folder: RunFolder, device: torch.device) -> None:
             seeing, chat = train_seeing(shop, encoder, folder.path)
         write_vlm(shop, encoder, seeing, chat, folder.path / "vlm")
         does_it_see(shop, encoder, seeing, chat, val, folder)
+        write_card(shop, encoder, folder.path / "vlm")
     if distributed.is_main():
         bad_files.collect()
         folder.finish()
@@ -200,19 +205,51 @@ def write_vlm(shop: Workshop, encoder: LoadedEncoder, model: VisionLanguage, cha
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    write_llava_folder(
-        partial,
-        vision=hf_state(model.encoder),
-        connector=model.connector.state_dict(),
-        language=(model.lm.config.to_dict(), language_tensors(model.lm)),
-        writing=Writing(chat.tokenizer, chat.template(), chat.image_id, chat.end_id, chat.pad_id),
-        preprocessing=encoder.preprocessing,
-        readme=model_card(shop.config, encoder),
-    )
-    difference = compare_with_folder(model, chat, partial, shop.images(encoder))
+    try:
+        write_llava_folder(
+            partial,
+            vision=hf_state(model.encoder),
+            connector=model.connector.state_dict(),
+            language=(model.lm.config.to_dict(), language_tensors(model.lm)),
+            writing=Writing(chat.tokenizer, chat.template(), chat.image_id, chat.end_id, chat.pad_id),
+            preprocessing=encoder.preprocessing,
+        )
+        checked = compare_with_folder(model, chat, partial, shop.images(encoder))
+        write_json(partial / "verification.json", {"format": "llava", "checks": [checked]})
+        write_card(shop, encoder, partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     shutil.rmtree(path, ignore_errors=True)
     partial.rename(path)
-    print(f"{path}: transformers opens it; largest difference of log probabilities {difference:.1e}")
+    found = ", ".join(f"{difference:.1e} ({what})" for what, difference in checked["max_difference"].items())
+    print(f"{path}: transformers opens it; largest differences of log probabilities {found}")
+
+
+def write_card(shop: Workshop, encoder: LoadedEncoder, vlm: Path) -> None:
+    """README.md of the VLM folder, with the numbers that are known by now."""
+    if not distributed.is_main():
+        return
+    config = shop.config
+    lm = config.lm or f"trained from scratch ({config.language.num_layers} layers of {config.language.hidden_size})"
+    stages = {name: getattr(config, name) for name in STAGES}
+    made_of = {
+        "Encoder": encoder.source,
+        "Encoder it started from (SHA-256)": encoder.fingerprint,
+        "Language model": lm,
+        "Pairs": config.data,
+        "Steps": ", ".join(f"{name} {stage.steps}" for name, stage in stages.items()),
+    }
+    licenses = {
+        "Encoder": encoder.license or licence_of(encoder.source),
+        "Language model": licence_of(config.lm) if config.lm else None,
+    }
+    known = {}
+    for name, file in (("environment", "env.json"), ("results", "results.json")):
+        if vlm.parent == shop.path and (shop.path / file).is_file():  # a control has no numbers of its own
+            known[name] = json.loads((shop.path / file).read_text(encoding="utf-8"))
+    (checked,) = json.loads((vlm / "verification.json").read_text(encoding="utf-8"))["checks"]
+    write_atomically(vlm / "README.md", vlm_card(made_of, licenses, checked, **known))
 
 
 def does_it_see(
@@ -252,19 +289,3 @@ def record(exam: Exam, answers: dict[str, Answers], config: AlignConfig, folder:
     print(text)
     for warning in alarms(rows):
         print(f"warning: {warning}")
-
-
-def model_card(config: AlignConfig, encoder: LoadedEncoder) -> str:
-    """README.md of the folder: what it is made of and how to open it."""
-    lm = config.lm or f"trained from scratch ({config.language.num_layers} layers of {config.language.hidden_size})"
-    licence = f"license: {encoder.license}\n" if encoder.license else ""
-    return (
-        f"---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n{licence}---\n\n"
-        "# A vision-language model made with sslvit\n\n"
-        f"Encoder: {encoder.source}. Language model: {lm}. Pairs: {config.data}.\n\n"
-        "```python\n"
-        "from transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
-        'model = AutoModelForImageTextToText.from_pretrained("this/folder")\n'
-        'processor = AutoProcessor.from_pretrained("this/folder")\n'
-        "```\n"
-    )

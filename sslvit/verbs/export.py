@@ -12,18 +12,27 @@ from typing import Any
 
 from sslvit.encoder.weights import load_encoder
 from sslvit.errors import InputError
-from sslvit.exports.card import run_facts
+from sslvit.exports.facts import run_facts
 from sslvit.exports.formats import check_formats, possible_formats, write_formats
+from sslvit.exports.licence import licence_warning
+from sslvit.exports.push import check_push, push_folders
 from sslvit.exports.run_encoders import describe
 
 
 def export(
-    run: str | Path, *, output_dir: str | Path, formats: str | Sequence[str] = ("timm", "hf")
+    run: str | Path,
+    *,
+    output_dir: str | Path,
+    formats: str | Sequence[str] = ("timm", "hf"),
+    data_name: str | None = None,
+    push: str | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
     """Export encoder `run` in `formats` (a sequence, a comma-separated string, or "all"); what was measured per format.
 
-    "all" writes every format that is exact and says why another is not. Raises InputError for a format asked for by
-    name that is not exact for this encoder, with the reason.
+    "all" writes every format that is exact and says why another is not. `data_name` is what the cards call the data,
+    in place of its spec. `push` ("ORG/NAME") uploads what was written and verified to the Hugging Face hub. Raises
+    InputError for a format asked for by name that is not exact for this encoder, with the reason, and when the hub
+    refuses.
     """
     loaded = load_encoder(str(run))
     if loaded.report is not None:
@@ -37,9 +46,16 @@ def export(
         raise InputError("no formats given; for example --formats timm,hf or --formats all")
     places = {name: Path(output_dir) / name for name in names}
     check_formats(loaded, places)
-    reports = write_formats(loaded, places, run_facts(_run_of(str(run))))
+    if push is not None:
+        check_push(push, names)
+    facts = run_facts(_run_of(str(run)), data_name)
+    reports = write_formats(loaded, places, facts)
     for name, place in places.items():
         print(f"{place}: {describe(reports[name])}")
+    if warning := licence_warning(loaded, facts):
+        print(f"warning: {warning}")
+    if push is not None:
+        print(f"pushed to {push_folders(push, places)}")
     return reports
 
 

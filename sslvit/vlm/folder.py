@@ -7,6 +7,10 @@ exports/llava_folder.py.
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +18,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sslvit.errors import InputError
@@ -24,6 +29,7 @@ from sslvit.vlm.model import VisionLanguage
 from sslvit.vlm.stages import encoded
 
 ALLOWED_DIFFERENCE = 1e-3  # of log probabilities, fp32
+TIMEOUT = 900  # seconds for a fresh process to open a folder and answer six questions
 
 
 @dataclass
@@ -84,30 +90,29 @@ def prompt_of(vlm: OpenFolder, question: str) -> str:
     return str(text)
 
 
-def inputs_of(
-    vlm: OpenFolder, images: Sequence[Image.Image], questions: Sequence[str], *, resize: bool = True
-) -> dict[str, Tensor]:
-    """Model inputs of a batch, padded on the left. `resize=False` takes images that have their size already."""
-    as_they_are = {} if resize else {"do_resize": False, "do_center_crop": False}
-    inputs = vlm.processor(
-        images=list(images),
-        text=[prompt_of(vlm, question) for question in questions],
-        return_tensors="pt",
-        padding=True,
-        **as_they_are,
-    )
+def inputs_of(vlm: OpenFolder, images: Sequence[Image.Image], questions: Sequence[str]) -> dict[str, Tensor]:
+    """Model inputs of a batch, padded on the left."""
+    prompts = [prompt_of(vlm, question) for question in questions]
+    inputs = vlm.processor(images=list(images), text=prompts, return_tensors="pt", padding=True)
     return {name: tensor.to(vlm.device) for name, tensor in inputs.items()}
 
 
-@torch.no_grad()
 def answer(
     vlm: OpenFolder, images: Sequence[Image.Image], questions: Sequence[str], max_new_tokens: int = 64
 ) -> list[str]:
     """Greedy answers to a batch: exactly transformers' `generate` on the processor's inputs."""
+    ids = answer_ids(vlm, images, questions, max_new_tokens)
+    return [text.strip() for text in vlm.processor.batch_decode(ids, skip_special_tokens=True)]
+
+
+@torch.no_grad()
+def answer_ids(
+    vlm: OpenFolder, images: Sequence[Image.Image], questions: Sequence[str], max_new_tokens: int = 64
+) -> Tensor:
+    """The generated tokens of a batch (B, T), padded behind each one's end token."""
     inputs = inputs_of(vlm, images, questions)
-    ids = vlm.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    texts = vlm.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [text.strip() for text in texts]
+    ids: Tensor = vlm.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    return ids[:, inputs["input_ids"].shape[1] :]
 
 
 def answer_stream(vlm: OpenFolder, image: Image.Image, question: str, max_new_tokens: int = 64) -> Iterator[str]:
@@ -129,33 +134,84 @@ def answer_stream(vlm: OpenFolder, image: Image.Image, question: str, max_new_to
     yield from streamer
 
 
-@torch.no_grad()
-def compare_with_folder(model: VisionLanguage, chat: Chat, folder: Path, images: PairImages) -> float:
-    """Largest difference of log probabilities between the trained network and the reopened folder, on a few turns.
+def compare_with_folder(
+    model: VisionLanguage, chat: Chat, folder: Path, images: PairImages, python: str = sys.executable
+) -> dict[str, Any]:
+    """What transformers, in a fresh process of `python`, makes of `folder` against the network, on a few turns.
 
-    Raises RuntimeError when they do not compute the same: the folder is wrong then, whatever the cause.
+    The report holds the largest differences of log probabilities: of the answers against `model`, and of a left-padded
+    batch against each question alone. Raises RuntimeError when either is not small, or when the chat template reads
+    string and list contents differently: the folder is wrong then, whatever the cause.
     """
+    turns = _some_turns(model, chat, images)
+    theirs, facts = _reopened(folder, turns, python)
+    where = f"{folder}: transformers {facts['version']}"
+    if not facts["same_prompts"]:
+        raise RuntimeError(f"{where} makes other prompts of string contents than of list contents")
+    differences = {
+        "answers": max(float((turn.ours - other).abs().max()) for turn, other in zip(turns, theirs, strict=True)),
+        "left-padded batch": float(facts["padded_batch"]),
+    }
+    for what, difference in differences.items():
+        if not difference < ALLOWED_DIFFERENCE:
+            raise RuntimeError(f"{where} computes other log probabilities ({what}: difference {difference:.1e})")
+    return {"library": "transformers", "version": facts["version"], "max_difference": differences}
+
+
+@dataclass
+class ComparedTurn:
+    """picture (H, W, C) uint8; the answer's token ids (S); `ours`: log probabilities (S + 1, V) of the network."""
+
+    picture: Tensor
+    question: str
+    answer: list[int]
+    ours: Tensor
+
+
+@torch.no_grad()
+def _some_turns(model: VisionLanguage, chat: Chat, images: PairImages) -> list[ComparedTurn]:
+    """Two turns about each of three images, as the network in memory answers them."""
     import numpy as np
 
-    vlm = open_folder(folder)
-    worst = 0.0
-    cpu = torch.device("cpu")
-    where = next(model.lm.parameters()).device
+    cpu, where = torch.device("cpu"), next(model.lm.parameters()).device
     model.to(cpu).eval()
+    found = []
     for number in range(min(3, len(images))):
         number, pixels = images.readable(number)
         turns = draw_turns(images.pairs.turns(number), 2, np.random.default_rng(number))
         for turn, tokens in zip(turns, tokenize(turns, chat), strict=True):
             blocks = lay_out([[tokens]], chat.end_id, chat.pad_id)
             ours = model.predict(encoded(model, images, [number], cpu), blocks).logits.float().log_softmax(-1)
-            picture = Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy())
-            inputs = inputs_of(vlm, [picture], [turn.question], resize=False)
-            said = torch.tensor([tokens.answer], dtype=torch.int64)
-            inputs["input_ids"] = torch.cat([inputs["input_ids"], said], dim=1)
-            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-            theirs = vlm.model(**inputs).logits[0, -len(tokens.answer) - 1 :].float().log_softmax(-1)
-            worst = max(worst, float((ours - theirs).abs().max()))
+            picture = pixels.permute(1, 2, 0).contiguous()
+            found.append(ComparedTurn(picture, turn.question, list(tokens.answer), ours))
     model.to(where)
-    if not worst < ALLOWED_DIFFERENCE:
-        raise RuntimeError(f"{folder}: transformers computes other log probabilities (difference {worst:.1e})")
-    return worst
+    return found
+
+
+def _reopened(folder: Path, turns: Sequence[ComparedTurn], python: str) -> tuple[list[Tensor], dict[str, Any]]:
+    """Log probabilities of each turn, and facts, from a fresh process that sees no network."""
+    with tempfile.TemporaryDirectory() as work:
+        save_file({str(i): turn.picture for i, turn in enumerate(turns)}, f"{work}/pictures.safetensors")
+        job = {
+            "folder": str(folder),
+            "pictures": f"{work}/pictures.safetensors",
+            "questions": [turn.question for turn in turns],
+            "answers": [turn.answer for turn in turns],
+            "output": f"{work}/output",
+        }
+        file = Path(work) / "job.json"
+        file.write_text(json.dumps(job), encoding="utf-8")
+        _run_process(file, python)
+        said = load_file(f"{work}/output.safetensors")
+        return [said[str(i)] for i in range(len(turns))], json.loads(Path(f"{work}/output.json").read_text())
+
+
+def _run_process(job: Path, python: str) -> None:
+    roots = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {**os.environ, **offline, "PYTHONPATH": os.pathsep.join(filter(None, roots))}
+    command = [python, "-P", "-m", "sslvit.vlm.reopen", str(job)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
+        raise RuntimeError(f"transformers cannot open the folder: {lines[-1].strip()}")

@@ -3,41 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from formats import FORMS, TINY, encoder
 from safetensors.torch import load_file, save_file
 
 from sslvit.checkpoint import save_checkpoint
 from sslvit.encoder.architecture import Architecture
-from sslvit.encoder.config import EncoderConfig, Preprocessing
-from sslvit.encoder.vit import forward_tokens, model_args
-from sslvit.encoder.weights import LoadedEncoder, load_encoder
+from sslvit.encoder.config import EncoderConfig
+from sslvit.encoder.vit import forward_tokens
+from sslvit.encoder.weights import LoadedEncoder, init_encoder, load_encoder
 from sslvit.errors import InputError
 from sslvit.exports import reopen, verify
-from sslvit.exports.formats import FORMATS, check_formats, possible_formats, write_formats
+from sslvit.exports.formats import FORMATS, check_formats, possible_formats, write_folder, write_formats
 from sslvit.exports.hf_folder import hf_class, hf_state
 from sslvit.exports.run_encoders import write_run_encoders
 from sslvit.exports.verify import Check, VerificationError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries that are opened
 EXTRAS = ("transformers", "open_clip", "onnxruntime")
-TINY = {"embed_dim": 64, "depth": 2, "num_heads": 2}
-PLAIN = {**TINY, "img_size": 32, "patch_size": 8, "dynamic_img_size": True}
-FORMS: dict[str, tuple[str, dict]] = {
-    "ours": ("vit_tiny_patch16_224", model_args(EncoderConfig("", 8, 32, True, 4, 3, **TINY))),
-    "twin": ("vit_tiny_patch16_224", model_args(EncoderConfig("", 8, 32, False, 0, 3, **TINY))),
-    "no_registers": ("vit_tiny_patch16_224", model_args(EncoderConfig("", 8, 32, True, 0, 3, **TINY))),
-    "original": ("vit_tiny_patch16_224", PLAIN),
-    "class_positions": ("vit_tiny_patch16_224", {**PLAIN, "reg_tokens": 4}),
-    "five_channels": ("vit_tiny_patch16_224", model_args(EncoderConfig("", 8, 32, True, 4, 5, **TINY))),
-    "non_square": ("vit_tiny_patch16_224", {**PLAIN, "img_size": [32, 48]}),
-    "qk_norm": ("vit_tiny_patch16_224", {**PLAIN, "qk_norm": True}),
-    "rope": ("vit_small_patch16_dinov3", {"img_size": 32, "patch_size": 8, "dynamic_img_size": True, **TINY}),
-}
 EXACT = {
     "ours": "dinov2_with_registers",
     "twin": "siglip_vision_model",
@@ -48,26 +36,9 @@ EXACT = {
 }
 
 
-def encoder(form: str) -> LoadedEncoder:
-    """An encoder whose every weight matters, with a mean and std of its own."""
-    architecture = Architecture(*FORMS[form])
-    module = architecture.build(0).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    channels = module.patch_embed.proj.in_channels
-    mean, std = [0.1, 0.25, 0.4, 0.5, 0.6], [0.3, 0.5, 0.7, 0.8, 0.9]
-    return LoadedEncoder(module, architecture, Preprocessing(32, tuple(mean[:channels]), tuple(std[:channels])), form)
-
-
 @pytest.fixture(autouse=True)
-def in_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Libraries are imported once here; the tests marked `fresh` start the real process."""
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    if "fresh" not in request.node.name:
-        monkeypatch.setattr(verify, "_run_process", reopen.main)
-    yield
 
 
 def need(*libraries: str) -> None:
@@ -151,21 +122,49 @@ def test_auto_model_opens_the_timm_folder_too(tmp_path: Path) -> None:
     assert pixels.shape == (1, 3, 32, 32) and torch.allclose(pixels[0, :, 3, 3], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("form", "name"),
-    [(f, n) for f in ("ours", "original", "no_registers") for n in ("timm", "hf", "safetensors")]
-    + [("twin", "siglip"), ("ours", "open_clip")],
-)
-def test_export_import_export_is_bit_for_bit(form: str, name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", sorted(FORMS))
+def test_export_import_export_is_bit_for_bit(form: str, tmp_path: Path) -> None:
+    """Every format that holds weights is also a source; preprocessing comes back too."""
     need(*EXTRAS)
-    export(form, tmp_path / "first", name)
-    again = load_encoder(str(tmp_path / "first" / name))
-    assert again.preprocessing == encoder(form).preprocessing
-    write_formats(again, {name: tmp_path / "second" / name}, {})
-    first, second = (sorted((tmp_path / which / name).rglob("*.safetensors")) for which in ("first", "second"))
-    for a, b in zip(first, second, strict=True):
-        x, y = load_file(a), load_file(b)
-        assert x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in x)
+    loaded = encoder(form)
+    for name in (name for name in possible_formats(loaded)[0] if name != "onnx"):
+        once, twice = (tmp_path / which / name for which in ("once", "twice"))
+        for folder in (once, twice):
+            folder.mkdir(parents=True)
+        write_folder(loaded, name, once)
+        write_folder(load_encoder(str(once)), name, twice)
+        assert load_encoder(str(twice)).preprocessing == loaded.preprocessing
+        first, second = sorted(once.rglob("*.safetensors")), sorted(twice.rglob("*.safetensors"))
+        for a, b in zip(first, second, strict=True):
+            x, y = load_file(a), load_file(b)
+            assert x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in x), (form, name)
+
+
+@pytest.mark.parametrize("form", ["ours", "twin"])
+@torch.no_grad()
+def test_every_format_is_a_start_for_pretraining(form: str, tmp_path: Path) -> None:
+    """`init=exported/FORMAT`: the same function, also where LayerScale was multiplied in."""
+    loaded, x = encoder(form), torch.randn(2, 3, 32, 32)
+    for name in (name for name in possible_formats(loaded)[0] if name != "onnx"):
+        (tmp_path / name).mkdir()
+        write_folder(loaded, name, tmp_path / name)
+        started, report = init_encoder(str(tmp_path / name), loaded.config)
+        difference = started.eval().forward_features(x) - loaded.module.forward_features(x)
+        assert not report.missing and not report.unexpected and difference.abs().max() < 1e-5, name
+
+
+def test_each_library_has_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    need("transformers")
+    processes: list[set[str]] = []
+    run = verify._run_process
+
+    def counted(job: Path, python: str) -> None:
+        processes.append({check["library"] for one in json.loads(job.read_text()) for check in one["checks"]})
+        run(job, python)
+
+    monkeypatch.setattr(verify, "_run_process", counted)
+    export("ours", tmp_path, "timm", "hf", "safetensors")
+    assert processes == [{"timm"}, {"transformers"}, {"safetensors"}]
 
 
 def test_one_run_folder_fresh_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -299,6 +298,14 @@ def test_a_transform_that_disagrees_with_its_numbers_is_caught(tmp_path: Path, m
     monkeypatch.setitem(reopen.LIBRARIES, "timm", dishonest)
     with pytest.raises(VerificationError, match="pixels that differ"):
         verify.verify(encoder("ours"), [Check(tmp_path / "timm", "timm")])
+
+
+def test_a_folder_its_library_cannot_open_is_named(tmp_path: Path) -> None:
+    export("ours", tmp_path, "timm")
+    (tmp_path / "timm" / "config.json").write_text("{")
+    with pytest.raises(VerificationError, match="timm cannot be opened by timm: JSONDecodeError") as caught:
+        verify.verify(encoder("ours"), [Check(tmp_path / "timm", "timm", reimport=False)])
+    assert "\n" not in str(caught.value)
 
 
 def test_a_failing_fresh_process_says_why_in_one_line(tmp_path: Path) -> None:

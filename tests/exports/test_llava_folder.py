@@ -8,19 +8,24 @@ import sys
 import numpy as np
 import pytest
 import torch
+from formats import encoder, write_untrained_vlm
 from PIL import Image
 from tiny_vlm import session_root, tiny_run
 
+from sslvit.data.decode import BadFiles
+from sslvit.data.pairs import open_pairs
 from sslvit.encoder.config import Preprocessing
-from sslvit.exports.llava_folder import Writing, additional_tokens, llava_config, portable_text_config
-from sslvit.verbs.ask import ask
+from sslvit.errors import InputError
+from sslvit.exports.llava_folder import Writing, additional_tokens, check_llava, llava_config, portable_text_config
+from sslvit.verbs.ask import ask, open_image
+from sslvit.vlm.batches import PairImages
+from sslvit.vlm.folder import answer_ids, compare_with_folder, open_folder
 
 QUESTION = "How many objects are there?"
 
 STRANGER = """
 import json, sys
 sys.modules["sslvit"] = None
-sys.path[:0] = sys.argv[4:]
 import transformers
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
@@ -36,6 +41,12 @@ for name, content in contents.items():
     inputs = processor(images=image, text=text, return_tensors="pt")
     ids = model.generate(**inputs, max_new_tokens=64, do_sample=False)
     said[name] = processor.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True).strip()
+    said["tokens"] = ids[0, inputs["input_ids"].shape[1]:].tolist()
+two = [processor.apply_chat_template([{"role": "user", "content": "<image>" + q}], add_generation_prompt=True)
+       for q in (question, "Why?")]
+inputs = processor(images=[image, image], text=two, return_tensors="pt", padding=True)
+ids = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+said["batched"] = processor.batch_decode(ids[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)[0].strip()
 pipe = pipeline("image-text-to-text", model=folder)
 chat = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
 said["pipeline"] = pipe(text=chat, max_new_tokens=64, return_full_text=False)[0]["generated_text"].strip()
@@ -56,30 +67,91 @@ def picture(tmp_path_factory):
     return path
 
 
-def ask_as_stranger(run, picture, *libraries):
-    command = [sys.executable, "-c", STRANGER, str(run / "vlm"), str(picture), QUESTION, *map(str, libraries)]
+def ask_as_stranger(run, picture, python=sys.executable):
+    command = [python, "-c", STRANGER, str(run / "vlm"), str(picture), QUESTION]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("SAID ")]
     return json.loads(line.removeprefix("SAID "))
 
 
-def test_a_stranger_opens_it_and_gets_the_same_answers(run, picture):
-    said = ask_as_stranger(run, picture)
+def same_as_ours(said, run, picture):
+    """Token by token, and by every way of asking."""
+    vlm = open_folder(run)
+    assert said["tokens"] == answer_ids(vlm, [open_image(picture, vlm)], [QUESTION])[0].tolist()
+    assert said["string"] == said["list"] == said["pipeline"] == said["batched"]
+    assert said["list"] == ask(run, image=picture, question=QUESTION)
     assert said["class"] == "LlavaForConditionalGeneration"
-    assert said["string"] == said["list"] == said["pipeline"] == ask(run, image=picture, question=QUESTION)
+
+
+def test_a_stranger_opens_it_and_gets_the_same_answers(run, picture):
+    same_as_ours(ask_as_stranger(run, picture), run, picture)
 
 
 @pytest.mark.slow
-def test_transformers_4_57_opens_it_too(run, picture, tmp_path):
-    """The oldest version we support, installed beside the tests' own."""
-    command = [sys.executable, "-m", "pip", "install", "-q", "--target", str(tmp_path), "transformers==4.57.*"]
-    if subprocess.run(command, capture_output=True, timeout=280, check=False).returncode:
-        pytest.skip("transformers 4.57 cannot be installed here: no package index")
-    shutil.rmtree(tmp_path / "numpy", ignore_errors=True)
-    said = ask_as_stranger(run, picture, tmp_path)
-    assert said["version"].startswith("4.57") and said["string"] == said["list"] == said["pipeline"]
-    assert said["list"] == ask(run, image=picture, question=QUESTION)
+def test_a_stranger_with_transformers_4_57_too(run, picture, oldest_python):
+    """The oldest version we support."""
+    said = ask_as_stranger(run, picture, oldest_python)
+    assert said["version"].startswith("4.57")
+    same_as_ours(said, run, picture)
+
+
+@pytest.mark.slow
+def test_a_folder_is_compared_in_a_fresh_process(tmp_path):
+    """What `align` does at its end, with the real subprocess."""
+    loaded = encoder("twin")
+    model, chat = write_untrained_vlm(loaded, tmp_path)
+    images = PairImages(open_pairs("scenes:?n=4&size=32"), loaded.preprocessing, BadFiles(tmp_path / "bad.jsonl"))
+    report = compare_with_folder(model, chat, tmp_path, images)
+    assert report["library"] == "transformers" and set(report["max_difference"]) == {"answers", "left-padded batch"}
+    assert max(report["max_difference"].values()) < 1e-4
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("untrained") / "vlm"
+    folder.mkdir()
+    loaded = encoder("ours")
+    images = PairImages(open_pairs("scenes:?n=4&size=32"), loaded.preprocessing, BadFiles(folder.parent / "bad.jsonl"))
+    return *write_untrained_vlm(loaded, folder), folder, images
+
+
+def _other_template(folder):
+    file = folder / "chat_template.jinja"
+    file.write_text(file.read_text().replace("| trim", ""))
+
+
+def _right_padding(folder):
+    file = folder / "tokenizer_config.json"
+    file.write_text(file.read_text().replace('"left"', '"right"'))
+
+
+def _other_mean(folder):
+    file = folder / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"image_mean": [0.0, 0.0, 0.0]}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (_other_template, "other prompts of string contents"),
+        (_right_padding, "left-padded batch: difference"),
+        (_other_mean, "answers: difference"),
+    ],
+)
+def test_a_damaged_folder_is_caught(untrained, tmp_path, damage, words):
+    model, chat, folder, images = untrained
+    shutil.copytree(folder, tmp_path / "vlm")
+    compare_with_folder(model, chat, tmp_path / "vlm", images)
+    damage(tmp_path / "vlm")
+    with pytest.raises(RuntimeError, match=words):
+        compare_with_folder(model, chat, tmp_path / "vlm", images)
+
+
+@pytest.mark.parametrize(("form", "words"), [("rope", "rotary"), ("five_channels", "5 channels"), ("qk_norm", "keys")])
+def test_encoders_that_no_folder_can_hold_are_refused_before_training(form, words):
+    with pytest.raises(InputError, match=words):
+        check_llava(encoder(form))
 
 
 def test_files_and_names(run):
@@ -94,7 +166,11 @@ def test_files_and_names(run):
         "processor_config.json",
         "tokenizer.json",
         "tokenizer_config.json",
+        "verification.json",
     }
+    assert json.loads((folder / "verification.json").read_text())["checks"][0]["library"] == "transformers"
+    card = (folder / "README.md").read_text()
+    assert "left-padded batch" in card and "| vlm/accuracy |" in card and "- Steps: text 6, connector 4" in card
     tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
     assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast" and tokenizer["padding_side"] == "left"
     assert "<image>" in tokenizer["additional_special_tokens"]
