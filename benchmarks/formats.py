@@ -3,8 +3,8 @@
     python benchmarks/formats.py [--python PYTHON ...] [--quick] [--json FILE] [--docs docs/formats.md]
 
 Small random encoders whose every weight matters: exactness does not depend on size. A cell is written as `sslvit
-export` writes it, reopened in a fresh process of each PYTHON (this one, and `.venv-oldest`'s where
-`make beside` put the oldest libraries), and compared with the encoder in memory. Its value is the largest absolute difference of tokens
+export` writes it, reopened in a fresh process of each PYTHON (this one, and `.venv-oldest`'s, where `make beside` puts
+the oldest libraries), and compared with the encoder in memory. Its value is the largest absolute difference of tokens
 and features; what is not exact is refused, and the reason is the result. --docs writes the tables into that page.
 """
 

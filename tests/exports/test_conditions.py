@@ -121,7 +121,7 @@ def test_lmms_evals_conditions(vlm: Path) -> None:
 
     assert AutoConfig.from_pretrained(vlm).model_type == "llava", "its table of models is by this name"
     model = LlavaForConditionalGeneration.from_pretrained(
-        vlm, revision="main", dtype="auto", device_map="", trust_remote_code=False, attn_implementation=None
+        vlm, revision="main", dtype="auto", device_map="cpu", trust_remote_code=False, attn_implementation=None
     )
     processor = AutoProcessor.from_pretrained(vlm, revision="main", trust_remote_code=False)
     tokenizer = processor.tokenizer

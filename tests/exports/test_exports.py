@@ -364,7 +364,7 @@ def test_what_is_not_exact_is_refused_with_the_reason(form: str, name: str, word
 
 
 def test_odd_widths_are_refused_where_transformers_cannot_say_them() -> None:
-    architecture = Architecture("vit_tiny_patch16_224", {**FORMS["ours"][1], "mlp_ratio": 2.5})
+    architecture = Architecture("vit_tiny_patch16_224", {**FORMS["ours"][2], "mlp_ratio": 2.5})
     with pytest.raises(InputError, match="whole mlp_ratio"):
         hf_class(architecture.build())
 
