@@ -88,7 +88,7 @@ def decode(
 
 
 def deep_pixels(data: bytes | np.ndarray, max_pixels: int = MAX_PIXELS) -> np.ndarray | None:
-    """(H, W) or (H, W, C) of 16 bits, of larger integers or of floats as they are in the file; None otherwise."""
+    """(H, W) or (H, W, C) of 16 bits, larger integers or floats as the file holds them; None for any other file."""
     try:
         if isinstance(data, np.ndarray):
             pixels = data

@@ -43,7 +43,7 @@ class Preprocessing:
     """What an encoder wants to see: resized in proportion until it covers size / crop_pct, centre crop, normalise.
 
     mean and std are per channel on the 0..1 scale; image_size, and image_width where it differs, are in pixels.
-    value_range is what becomes 0 and 1 of pixels deeper than 8 bits: (lows, highs) of channels; None: see decode.py.
+    value_range is what becomes 0 and 1 of pixels deeper than 8 bits: (lows, highs), per channel; None: see decode.py.
     """
 
     image_size: int
