@@ -7,17 +7,23 @@ GPU wait.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import re
-from collections.abc import Mapping
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sslvit.errors import InputError
+from sslvit.errors import InputError, RankLost
 
 __all__ = [
     "all_gather_cat",
@@ -28,6 +34,7 @@ __all__ = [
     "choose_device",
     "init",
     "is_main",
+    "joined",
     "local_rank",
     "native_bf16",
     "rank",
@@ -35,7 +42,30 @@ __all__ = [
     "world_size",
 ]
 
-TIMEOUT = timedelta(minutes=10)
+log = logging.getLogger(__name__)
+
+TIMEOUT = timedelta(minutes=10)  # how long a collective waits for a process that does not answer
+BEAT_SECONDS = 1.0  # between two signs of life
+SILENT_SECONDS = 5.0  # without one, a process counts as gone
+SHARED_MEMORY = 64 << 20  # bytes of /dev/shm that NCCL may need for each process of a machine
+
+
+@contextlib.contextmanager
+def joined(device: str | None = None) -> Iterator[torch.device]:
+    """Within it this process is one of the run's: `init` before, `shutdown` after.
+
+    When another one dies or stops answering, whatever collective notices raises RankLost, which names it.
+    """
+    chosen = init(device)
+    try:
+        yield chosen
+    except RuntimeError as error:
+        if not _is_of_a_peer(error):
+            raise
+        reason = str(error).strip().splitlines()[0][:200]
+        raise RankLost(f"{_lost()}; run the same command to go on from the last checkpoint ({reason})") from error
+    finally:
+        shutdown()
 
 
 def init(device: str | None = None) -> torch.device:
@@ -48,8 +78,86 @@ def init(device: str | None = None) -> torch.device:
     if environment is not None and not dist.is_initialized():
         os.environ.update(environment)
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, init_method="env://", timeout=TIMEOUT)
+        if chosen.type == "cuda":
+            _check_shared_memory(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        _join(backend)
     return chosen
+
+
+def _join(backend: str) -> None:
+    """init_process_group over a store that is kept, for the signs of life."""
+    global _heart
+    timeout = timedelta(seconds=float(os.environ.get("SSLVIT_COLLECTIVE_SECONDS", TIMEOUT.total_seconds())))
+    store, number, size = next(dist.rendezvous("env://", timeout=timeout))
+    dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=timeout)
+    _heart = _Heart(store, number, size)
+
+
+class _Heart:
+    """Each process says in the common store that it lives; asked after a failure, it tells who went silent."""
+
+    def __init__(self, store: dist.Store, number: int, size: int) -> None:
+        self.number, self.size = number, size
+        self._store = dist.PrefixStore("alive", store.clone() if hasattr(store, "clone") else store)
+        self._stopping = threading.Event()
+        self._beat()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="heart")
+        self._thread.start()
+
+    def _beat(self) -> None:
+        self._store.add(str(self.number), 1)
+
+    def _run(self) -> None:
+        while not self._stopping.wait(BEAT_SECONDS):
+            try:
+                self._beat()
+            except RuntimeError:  # the store went with rank 0
+                return
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._thread.join(timeout=2 * BEAT_SECONDS)
+
+    def silent(self) -> list[int]:
+        """The processes that give no sign of life for a few seconds; rank 0 when the store itself is gone."""
+        others = [number for number in range(self.size) if number != self.number]
+        try:
+            before = {number: self._store.add(str(number), 0) for number in others}
+            end = time.monotonic() + SILENT_SECONDS
+            while others and time.monotonic() < end:
+                time.sleep(BEAT_SECONDS / 4)
+                others = [number for number in others if self._store.add(str(number), 0) == before[number]]
+        except RuntimeError:
+            return [0]
+        return others
+
+
+_heart: _Heart | None = None
+
+
+def _is_of_a_peer(error: RuntimeError) -> bool:
+    """Whether an error of a collective means that another process is gone; gloo says so in words alone."""
+    words = ("gloo", "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")
+    return dist.is_initialized() and (isinstance(error, dist.DistError) or any(word in str(error) for word in words))
+
+
+def _lost() -> str:
+    silent = [] if _heart is None else _heart.silent()
+    if not silent:
+        return f"another of the {world_size()} processes ended with an error of its own"
+    names = " and ".join(str(number) for number in silent)
+    return f"process {names} of {world_size()} (counted from 0) is gone or does not answer"
+
+
+def _check_shared_memory(processes: int) -> None:
+    """Processes of one machine talk through /dev/shm (NCCL); a container's default of 64 MiB may end them without words."""
+    place = Path("/dev/shm")
+    needed = SHARED_MEMORY * processes
+    if processes > 1 and place.is_dir() and (free := shutil.disk_usage(place).free) < needed:
+        log.warning(
+            "/dev/shm has %d MiB free, %d processes may need %d: start the container with --shm-size=%dm or --ipc=host",
+            *(free >> 20, processes, needed >> 20, needed >> 20),
+        )
 
 
 def native_bf16(device: torch.device | str) -> bool:
@@ -61,6 +169,10 @@ def native_bf16(device: torch.device | str) -> bool:
 
 def shutdown() -> None:
     """Leaves the process group, if there is one."""
+    global _heart
+    if _heart is not None:
+        _heart.stop()
+        _heart = None
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -15,3 +15,7 @@ class InputError(ValueError):
 
 class Resumable(Exception):
     """Stopped by a signal or a full disk; the same command goes on from the last checkpoint. Exits with 75."""
+
+
+class RankLost(Resumable):
+    """Another process of this run is gone or does not answer; all end, and the same command goes on."""

@@ -72,15 +72,14 @@ def align(*, config_file: str | Path | None = None, output_dir: str | Path | Non
     check_config(config)
     check(config)
     path = Path(output_dir or default_output_dir("align", config_file, config.encoder, config.data))
-    device = distributed.init(config.device)
-    try:
-        with RunFolder.open(path, "align", config, overwrite=config.overwrite) as folder:
-            if folder.finished:
-                print(f"{path}: finished already; overwrite=true starts over")
-            else:
-                _run(config, folder, device)
-    finally:
-        distributed.shutdown()
+    with (
+        distributed.joined(config.device) as device,
+        RunFolder.open(path, "align", config, overwrite=config.overwrite) as folder,
+    ):
+        if folder.finished:
+            print(f"{path}: finished already; overwrite=true starts over")
+        else:
+            _run(config, folder, device)
     return path
 
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
+import subprocess
 import sys
 import time
 import zlib
@@ -22,13 +24,15 @@ from typing import Any
 
 import sslvit
 from sslvit.commands import explain, parse
-from sslvit.errors import EXIT_BUG, EXIT_DONE, EXIT_INPUT, EXIT_RESUMABLE
+from sslvit.errors import EXIT_BUG, EXIT_DONE, EXIT_INPUT, EXIT_RESUMABLE, RankLost
 from sslvit.run_folder import process_start, write_atomically
 
-#: Sent before a time limit. After TERM (preemption, cancelling) it is Slurm's to requeue the job, or nobody's.
+#: Sent before a time limit. After TERM the job is requeued only if Slurm has no plan of its own for it.
 REQUEUE_SIGNAL = getattr(signal, "SIGUSR2", signal.SIGTERM)
 WATCHED = (signal.SIGTERM, REQUEUE_SIGNAL)
 
+#: States of a job that ended without a last word.
+WITHOUT_A_WORD = ("running", "requeued", "lost")
 
 #: Exit code, one line, and the error if it is a bug.
 Ending = tuple[int, str, BaseException | None]
@@ -58,11 +62,15 @@ class Job:
                 code, message, bug = self._run_all(place)
         except Interrupted as stop:  # just before or just after the verb
             code, message, bug = EXIT_RESUMABLE, f"stopped by {stop}", None
-        if bug is not None:
+        if code == EXIT_BUG and bug is not None:
             note.write("failed", EXIT_BUG, message)
             _end_local_siblings(place)
             raise bug
-        if code == EXIT_RESUMABLE and REQUEUE_SIGNAL in signals.received and callable(requeue):
+        if isinstance(bug, RankLost):
+            note.write("lost", code, message)
+            _end_local_siblings(place)
+            _leave(place, code, wait=False)
+        if code == EXIT_RESUMABLE and signals.received and callable(requeue) and _is_to_requeue(place, signals.received):
             _requeue(place, requeue, note)
         elif code != EXIT_DONE:
             note.write("stopped" if code == EXIT_RESUMABLE else "wrong input", code, message, signals.names)
@@ -104,7 +112,7 @@ def _run(words: list[str], place: Place) -> Ending:
         if ending is None:
             return EXIT_BUG, f"{type(error).__name__}: {error}", error
         print(f"sslvit {words[0]}: {ending[1]}", file=sys.stderr, flush=True)
-        return *ending, None
+        return *ending, error if isinstance(error, RankLost) else None
     if isinstance(answer, str):
         print(answer)
     return EXIT_DONE, "", None
@@ -176,6 +184,7 @@ class Signals:
         self._previous_fd = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         for number in (*WATCHED, signal.SIGALRM):
             signal.signal(number, self._interrupt)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, WATCHED)  # held back while Python started, see submit
         return self
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
@@ -238,9 +247,59 @@ def _requeue(place: Place, submitit_handler: Callable[..., Any], note: Note) -> 
         raise
 
 
-def _leave(place: Place, code: int) -> None:
+def _is_to_requeue(place: Place, received: set[int]) -> bool:
+    """After USR2 always. After TERM, when Slurm still lets the job run: it is neither preempting nor cancelling it."""
+    return REQUEUE_SIGNAL in received or (place.cluster == "slurm" and _is_running(place.job_id))
+
+
+def _is_running(job_id: str) -> bool:
+    """Whether Slurm itself has not begun to end the job."""
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        command = ["squeue", "-h", "-o", "%T", "-j", job_id]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        return answer.stdout.split()[:1] == ["RUNNING"]
+    return False
+
+
+def after_srun(code: int, folder: str, output_dir: str, max_num_requeues: int) -> int:
+    """In the batch script, once all tasks have ended; returns its exit code.
+
+    Whether to queue the job again that went without a word (a dead node, kill -9, out of memory): as long as it got
+    further each time, and not more than `max_num_requeues` times.
+    """
+    if code == EXIT_DONE:
+        return code
+    job_id = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ["SLURM_JOB_ID"])
+    job_id += f"_{os.environ['SLURM_ARRAY_TASK_ID']}" if "SLURM_ARRAY_TASK_ID" in os.environ else ""
+    state, reached = Path(folder) / f"{job_id}_state.json", Path(folder) / f"{job_id}_reached"
+    try:
+        note = json.loads(state.read_text())
+    except (OSError, ValueError):
+        note = {"state": "running"}
+    newest = _newest_checkpoint(Path(output_dir))
+    before = reached.read_text() if reached.exists() else None
+    tried = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    if note["state"] not in WITHOUT_A_WORD or not _is_running(job_id):
+        return code
+    if tried >= max_num_requeues or before == newest:
+        print(f"sslvit: gone without a word again, after {newest}; not queued again", file=sys.stderr)
+        return code
+    write_atomically(reached, newest)
+    print(f"sslvit: gone without a word (exit code {code}), after {newest}; queued again", file=sys.stderr, flush=True)
+    return subprocess.run(["scontrol", "requeue", job_id], check=False).returncode
+
+
+def _newest_checkpoint(output_dir: Path) -> str:
+    """`checkpoints/step_0000500` of the stage that saved last; `the start` without any."""
+    found = [path for path in output_dir.glob("**/checkpoints/step_*") if re.fullmatch(r"step_\d+", path.name)]
+    if not found:
+        return "the start"
+    return str(max(found, key=lambda path: path.stat().st_mtime).relative_to(output_dir))
+
+
+def _leave(place: Place, code: int, wait: bool = True) -> None:
     """End this task. On Slurm the first that ends takes the others along: rank 0, which may be saving, goes first."""
-    if place.cluster == "slurm" and place.rank != 0:
+    if place.cluster == "slurm" and place.rank != 0 and wait:
         time.sleep(120)
     sys.stdout.flush()
     sys.exit(code)
@@ -256,3 +315,9 @@ def _end_local_siblings(place: Place) -> None:
             pid = int(entry.parent.name)
             if parent == os.getppid() and pid != os.getpid():
                 os.kill(pid, signal.SIGKILL)
+
+
+if __name__ == "__main__":  # the batch script's last line: after CODE FOLDER MAX OUT... (one for each job of an array)
+    _, _, _code, _folder, _most, *_outs = sys.argv
+    _out = _outs[int(os.environ.get("SLURM_ARRAY_TASK_ID", 0))]
+    sys.exit(after_srun(int(_code), _folder, _out, int(_most)))

@@ -55,10 +55,8 @@ def pretrain(
         if folder.finished:
             print(f"{path}: finished already; overwrite=true starts over")
             return path
-        try:
-            _run(config, folder, distributed.init(config.device))
-        finally:
-            distributed.shutdown()
+        with distributed.joined(config.device) as device:
+            _run(config, folder, device)
     return path
 
 

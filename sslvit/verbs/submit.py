@@ -8,6 +8,7 @@ queued again.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -245,13 +246,13 @@ def describe(plans: Sequence[Plan], settings: LaunchConfig) -> str:
 def sbatch_file(plans: Sequence[Plan], settings: LaunchConfig) -> str:
     """The file submitit would hand to sbatch, made by submitit itself; needs no Slurm."""
     base = plans[0].base
-    executor = _slurm_executor(base.absolute() / "jobs", settings, f"sslvit-{base.name}", pretend=True)
+    executor = _slurm_executor(base.absolute() / "jobs", settings, plans, pretend=True)
     if len(plans) > 1:
         executor.parameters["map_count"] = len(plans)
     return str(executor._make_submission_file_text(executor._submitit_command_str, "dry-run"))
 
 
-def _slurm_executor(folder: Path, settings: LaunchConfig, name: str, pretend: bool = False) -> Any:
+def _slurm_executor(folder: Path, settings: LaunchConfig, plans: Sequence[Plan], pretend: bool = False) -> Any:
     """A submitit Slurm executor with our settings; `pretend` makes one where there is no Slurm."""
     import submitit
 
@@ -262,7 +263,7 @@ def _slurm_executor(folder: Path, settings: LaunchConfig, name: str, pretend: bo
 
     kind = Pretended if pretend else submitit.SlurmExecutor
     try:
-        executor = kind(folder=folder, max_num_timeout=settings.max_num_requeues)
+        executor = kind(folder=folder, max_num_timeout=settings.max_num_requeues, python=_patient_python())
     except RuntimeError:
         raise InputError("there is no srun here; log in to the cluster, or use --launch local") from None
     minutes = math.ceil(60 * (settings.hours if settings.hours is not None else 24))
@@ -272,7 +273,7 @@ def _slurm_executor(folder: Path, settings: LaunchConfig, name: str, pretend: bo
         key, equals, value = text.removeprefix("--").partition("=")
         further[key] = value if equals else True
     parameters: dict[str, Any] = {
-        "job_name": name,
+        "job_name": f"sslvit-{plans[0].base.name}",
         "time": minutes,
         "nodes": settings.nodes,
         "ntasks_per_node": num_tasks(settings),
@@ -286,11 +287,30 @@ def _slurm_executor(folder: Path, settings: LaunchConfig, name: str, pretend: bo
         "signal_delay_s": settings.signal_delay_s,
         "srun_args": [*settings.srun_args, *cpus],
         "setup": settings.setup or None,
+        "teardown": _at_the_end(folder, plans, settings),
         "array_parallelism": settings.array_parallelism,
         "additional_parameters": further,
     }
     executor.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
     return executor
+
+
+@functools.cache
+def _patient_python() -> str:
+    """This Python, started with TERM and USR2 held back until the job can answer them: imports take seconds."""
+    hold = "env --block-signal=USR2 --block-signal=TERM"
+    known = subprocess.run([*hold.split(), "true"], capture_output=True, check=False).returncode == 0
+    python = shlex.quote(sys.executable)
+    return f"{hold} {python}" if known else python  # coreutils before 8.31 cannot
+
+
+def _at_the_end(folder: Path, plans: Sequence[Plan], settings: LaunchConfig) -> list[str]:
+    """What the batch script does last: when the tasks are gone without a word, because a node died, say, it asks Slurm
+    to queue the job again.
+    """
+    outs = [str(plan.output_dir.absolute()) for plan in plans]
+    words = [sys.executable, "-m", "sslvit.verbs.job", "after", str(folder), str(settings.max_num_requeues), *outs]
+    return [f"exec {shlex.join(words[:4])} $? {shlex.join(words[4:])}"]
 
 
 # ---- queueing -------------------------------------------------------------------------------------------------------
@@ -346,7 +366,7 @@ def _keep(record: Record) -> None:
 def _start_on_slurm(plans: Sequence[Plan], folder: Path, settings: LaunchConfig, num_restarts: int) -> list[str]:
     import submitit
 
-    executor = _slurm_executor(folder, settings, f"sslvit-{plans[0].base.name}")
+    executor = _slurm_executor(folder, settings, plans)
     try:
         jobs = executor.submit_array([Job((plan.words,), str(folder), num_restarts) for plan in plans])
     except submitit.core.utils.FailedJobError as error:
