@@ -8,7 +8,7 @@ INPUTS := setup.cfg pyproject.toml $(CONSTRAINTS)
 BENCH ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types test-all bench docs clean
+.PHONY: help setup demo test lint types test-all test-slurm bench chaos docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
