@@ -46,14 +46,17 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs what is not done, prints the table; 0 when every case of every row that could run has passed."""
     options = _parse(arguments)
     sys.path[:0] = [str(HERE), str(HERE.parent / "tests"), str(HERE.parent / "tests" / "data")]
-    from chaos_rows import ROWS
+    import chaos_rows
 
-    chosen = [row for row in ROWS if not options.rows or row.name in options.rows.split(",")]
-    unknown = set(filter(None, options.rows.split(","))) - {row.name for row in ROWS}
+    rows = chaos_rows.ROWS
+    chosen = [row for row in rows if not options.rows or row.name in options.rows.split(",")]
+    unknown = set(filter(None, options.rows.split(","))) - {row.name for row in rows}
     if unknown:
-        print(f"no row {sorted(unknown)[0]!r}; there are {', '.join(row.name for row in ROWS)}", file=sys.stderr)
+        print(f"no row {sorted(unknown)[0]!r}; there are {', '.join(row.name for row in rows)}", file=sys.stderr)
         return 2
-    table = [(row, *_run_row(row, options)) for row in chosen]
+    counts = {row.name: _count(row, options) for row in chosen}
+    chaos_rows.PLANNED.update(counts)
+    table = [(row, *_run_row(row, counts[row.name], options.output_dir)) for row in chosen]
     print("\n" + markdown(table))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
@@ -71,14 +74,17 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _run_row(row: Row, options: argparse.Namespace) -> tuple[str | None, list[dict]]:
+def _count(row: Row, options: argparse.Namespace) -> int:
+    count = row.quick if options.quick else row.cases
+    return min(count, options.cases) if options.cases else count
+
+
+def _run_row(row: Row, count: int, output_dir: Path) -> tuple[str | None, list[dict]]:
     """(why it is skipped, or None; what became of each case). A case is one line of OUT/cells/ROW.jsonl."""
     if why := row.absent():
         print(f"{row.name}: skipped: {why}", flush=True)
         return why, []
-    count = row.quick if options.quick else row.cases
-    count = min(count, options.cases) if options.cases else count
-    file = options.output_dir.absolute() / "cells" / f"{row.name}.jsonl"
+    file = output_dir.absolute() / "cells" / f"{row.name}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     done = _finished_cells(file)
     began = time.monotonic()
@@ -111,7 +117,9 @@ def _run_case(row: Row, case: int) -> dict:
     try:
         row.work(case, folder)
     except Exception as error:
-        problem = f"{type(error).__name__}: {error}" if not isinstance(error, AssertionError) else str(error) or "failed"
+        problem = (
+            f"{type(error).__name__}: {error}" if not isinstance(error, AssertionError) else str(error) or "failed"
+        )
         print(f"{row.name} case {case}: {problem}", file=sys.stderr, flush=True)
         if not isinstance(error, AssertionError):
             traceback.print_exc()

@@ -158,7 +158,9 @@ def is_told(pid: int) -> bool:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
         return True
-    return any(int(line.split()[1], 16) >> (signal.SIGUSR2 - 1) & 1 for line in lines if line[:6] in ("SigPnd", "ShdPnd"))
+    return any(
+        int(line.split()[1], 16) >> (signal.SIGUSR2 - 1) & 1 for line in lines if line[:6] in ("SigPnd", "ShdPnd")
+    )
 
 
 def preemption(lab: Lab, folder: Path, wanted: str) -> None:
@@ -237,7 +239,10 @@ def tasks(job: Job) -> list[int]:
     return [
         pid
         for pid, words in processes().items()
-        if "submitit.core._submit" in words and str(job.out) in words and "srun" not in words and "env " not in words[:8]
+        if "submitit.core._submit" in words
+        and str(job.out) in words
+        and "srun" not in words
+        and "env " not in words[:8]
     ]
 
 

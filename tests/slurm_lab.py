@@ -167,7 +167,9 @@ class Lab:
         """A power cut: SIGKILL to the node's daemon and to all that it started."""
         daemon = self._pid(f"slurmd-{node}", "slurmd")
         assert daemon is not None, f"{node} is not up"
-        steps = [pid for pid, words in processes().items() if words.startswith("slurmstepd:") and self._is_on(pid, node)]
+        steps = [
+            pid for pid, words in processes().items() if words.startswith("slurmstepd:") and self._is_on(pid, node)
+        ]
         doomed = [daemon, *steps]
         for pid in steps:
             doomed += descendants(pid)

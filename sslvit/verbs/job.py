@@ -33,8 +33,9 @@ WATCHED = (signal.SIGTERM, REQUEUE_SIGNAL)
 
 #: States of a job that ended without a last word.
 WITHOUT_A_WORD = ("running", "requeued", "lost")
+MAX_IN_VAIN = 3
 
-#: Exit code, one line, and the error if it is a bug.
+#: Exit code, one line, and the error if it is a bug, a lost process or a signal outside of a training loop.
 Ending = tuple[int, str, BaseException | None]
 
 
@@ -59,9 +60,10 @@ class Job:
         requeue, signals = signal.getsignal(REQUEUE_SIGNAL), Signals()
         try:
             with signals:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, WATCHED)  # held back while Python started, see submit
                 code, message, bug = self._run_all(place)
         except Interrupted as stop:  # just before or just after the verb
-            code, message, bug = EXIT_RESUMABLE, f"stopped by {stop}", None
+            code, message, bug = EXIT_RESUMABLE, f"stopped by {stop}", stop
         if code == EXIT_BUG and bug is not None:
             note.write("failed", EXIT_BUG, message)
             _end_local_siblings(place)
@@ -70,7 +72,14 @@ class Job:
             note.write("lost", code, message)
             _end_local_siblings(place)
             _leave(place, code, wait=False)
-        if code == EXIT_RESUMABLE and signals.received and callable(requeue) and _is_to_requeue(place, signals.received):
+        if (
+            code == EXIT_RESUMABLE
+            and signals.received
+            and callable(requeue)
+            and _is_to_requeue(place, signals.received)
+        ):
+            if isinstance(bug, Interrupted) and place.rank != 0:
+                _requeue_at_once(place)
             _requeue(place, requeue, note)
         elif code != EXIT_DONE:
             note.write("stopped" if code == EXIT_RESUMABLE else "wrong input", code, message, signals.names)
@@ -106,7 +115,7 @@ def _run(words: list[str], place: Place) -> Ending:
         command = parse(words)
         answer = getattr(sslvit, command.verb)(*command.positional, **command.arguments)
     except Interrupted as stop:
-        return EXIT_RESUMABLE, f"stopped by {stop}; it goes on where it was", None
+        return EXIT_RESUMABLE, f"stopped by {stop}; it goes on where it was", stop
     except (Exception, KeyboardInterrupt) as error:
         ending = explain(error)
         if ending is None:
@@ -184,7 +193,6 @@ class Signals:
         self._previous_fd = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         for number in (*WATCHED, signal.SIGALRM):
             signal.signal(number, self._interrupt)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, WATCHED)  # held back while Python started, see submit
         return self
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
@@ -243,8 +251,19 @@ def _requeue(place: Place, submitit_handler: Callable[..., Any], note: Note) -> 
     try:
         submitit_handler(REQUEUE_SIGNAL, None)
     except Exception as error:  # too many time limits, or Slurm says no
+        if place.cluster == "slurm" and isinstance(error, subprocess.SubprocessError) and not _is_running(place.job_id):
+            _leave(place, EXIT_RESUMABLE)  # another task was faster
         note.write("stopped", EXIT_RESUMABLE, f"not requeued: {error}")
         raise
+
+
+def _requeue_at_once(place: Place) -> None:
+    """A task other than rank 0 that a signal ends before it trains: rank 0 may be waiting for it where no signal wakes
+    it (a rendezvous, a first collective), so this one asks Slurm, and there is nothing to save.
+    """
+    if place.cluster == "slurm" and _is_running(place.job_id):
+        subprocess.run(["scontrol", "requeue", place.job_id], check=False, timeout=60)
+    _leave(place, EXIT_RESUMABLE)
 
 
 def _is_to_requeue(place: Place, received: set[int]) -> bool:
@@ -264,8 +283,8 @@ def _is_running(job_id: str) -> bool:
 def after_srun(code: int, folder: str, output_dir: str, max_num_requeues: int) -> int:
     """In the batch script, once all tasks have ended; returns its exit code.
 
-    Whether to queue the job again that went without a word (a dead node, kill -9, out of memory): as long as it got
-    further each time, and not more than `max_num_requeues` times.
+    A job that went without a word (a dead node, kill -9, out of memory) is queued again: not more than
+    `max_num_requeues` times, and three times at most without a new checkpoint.
     """
     if code == EXIT_DONE:
         return code
@@ -277,14 +296,15 @@ def after_srun(code: int, folder: str, output_dir: str, max_num_requeues: int) -
     except (OSError, ValueError):
         note = {"state": "running"}
     newest = _newest_checkpoint(Path(output_dir))
-    before = reached.read_text() if reached.exists() else None
+    count, _, before = (reached.read_text() if reached.exists() else "0 ").partition(" ")
+    in_vain = int(count) + 1 if before == newest else 0
     tried = int(os.environ.get("SLURM_RESTART_COUNT", 0))
     if note["state"] not in WITHOUT_A_WORD or not _is_running(job_id):
         return code
-    if tried >= max_num_requeues or before == newest:
+    if tried >= max_num_requeues or in_vain >= MAX_IN_VAIN:
         print(f"sslvit: gone without a word again, after {newest}; not queued again", file=sys.stderr)
         return code
-    write_atomically(reached, newest)
+    write_atomically(reached, f"{in_vain} {newest}")
     print(f"sslvit: gone without a word (exit code {code}), after {newest}; queued again", file=sys.stderr, flush=True)
     return subprocess.run(["scontrol", "requeue", job_id], check=False).returncode
 

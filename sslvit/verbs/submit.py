@@ -31,7 +31,7 @@ from sslvit.commands import Command, JobFailed, parse
 from sslvit.config import load_config, shipped_file
 from sslvit.errors import EXIT_DONE, EXIT_INPUT, EXIT_RESUMABLE, InputError, Resumable
 from sslvit.run_folder import process_start, write_atomically
-from sslvit.verbs.job import Job
+from sslvit.verbs.job import WITHOUT_A_WORD, Job
 
 DISTRIBUTED = ("pretrain", "align")  # verbs whose tasks share the work
 LIVE = ("waiting", "running", "unknown")
@@ -463,7 +463,7 @@ def state_of(record: Record) -> dict[str, Any]:
     live = _slurm_state(record) if record.cluster == "slurm" else _local_state(record, note)
     if live is not None:
         state = live
-    elif state in ("waiting", "running", "requeued"):
+    elif state in ("waiting", *WITHOUT_A_WORD):
         state = "killed"
     if _was_cancelled(record) and live is None and state != "done":
         state = "cancelled"

@@ -66,7 +66,7 @@ def stand_in(tmp_path, monkeypatch):
     """Jobs of this test run the stand-in."""
     (tmp_path / "path").mkdir()
     (tmp_path / "path" / "sitecustomize.py").write_text(STAND_IN)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"), prepend=os.pathsep)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     for name in list(os.environ):
         if name.startswith("SLURM_") or name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
@@ -471,11 +471,11 @@ def test_without_slurm_it_says_so(stand_in, monkeypatch):
         submit(pretrain_words(stand_in), launch="slurm")
 
 
-def slurm_task(folder, **variables):
+def slurm_task(folder, command=None, **variables):
     """What srun starts on one task."""
     env = {"SLURM_JOB_ID": "41", "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
     env |= {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n1", "SUBMITIT_EXECUTOR": "slurm", **variables}
-    command = [sys.executable, "-m", "submitit.core._submit", str(folder)]
+    command = command or [sys.executable, "-m", "submitit.core._submit", str(folder)]
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, env={**os.environ, **env}, **output)
 
@@ -485,23 +485,25 @@ def wait_for_steps(out, more):
     wait_until(lambda: (out / "metrics.jsonl").exists() and len(steps_of(out)) >= before + more)
 
 
-def test_a_slurm_task_requeues_on_usr2_and_only_then(slurm, stand_in):
+def test_a_slurm_task_requeues_unless_slurm_ends_the_job_itself(slurm, stand_in):
+    """USR2: always. TERM: while Slurm says RUNNING; not when it is preempting or cancelling."""
     (slurm / "scontrol").write_text(f"#!/bin/sh\necho $@ >> {slurm}/requeued\n")
     (slurm / "scontrol").chmod(0o755)
     (slurm / "state").write_text("RUNNING\n")
     submit(pretrain_words(stand_in, 60, "overwrite=true"), launch="slurm")
     jobs = stand_in / "jobs"
-    again = {"SLURM_RESTART_COUNT": "1"}
-    for number, name, variables in ((signal.SIGUSR2, "requeued", {}), (signal.SIGTERM, "stopped", again)):
-        task = slurm_task(jobs, **variables)
+    cases = [(signal.SIGUSR2, "requeued"), (signal.SIGTERM, "stopped"), (signal.SIGTERM, "requeued")]
+    for count, (number, name) in enumerate(cases):
+        task = slurm_task(jobs, SLURM_RESTART_COUNT=str(count))
         wait_for_steps(stand_in, 4)
+        (slurm / "state").write_text("COMPLETING\n" if name == "stopped" else "RUNNING\n")
         (jobs / "41_submitted.pkl.save_tmp").touch()  # left behind by a kill while submitit saved
         task.send_signal(number)
         output, _ = task.communicate(timeout=30)
-        assert note_of(stand_in)["state"] == name, output
+        assert note_of(stand_in)["state"] == name, (note_of(stand_in), output)
         assert task.returncode == (255 if name == "requeued" else 75)
-    assert (slurm / "requeued").read_text().splitlines() == ["requeue 41"]
-    task = slurm_task(jobs, SLURM_RESTART_COUNT="2")
+    assert (slurm / "requeued").read_text().splitlines() == ["requeue 41"] * 2
+    task = slurm_task(jobs, SLURM_RESTART_COUNT="3")
     assert "from" in task.communicate(timeout=30)[0] and task.returncode == 0
     assert steps_of(stand_in) == list(range(1, 61))  # overwrite=true was for the first start
     assert note_of(stand_in)["state"] == "done"
@@ -516,3 +518,76 @@ def test_too_many_time_limits_end_the_job(slurm, stand_in, tmp_path):
     task.send_signal(signal.SIGUSR2)
     task.communicate(timeout=30)
     assert note_of(stand_in)["state"] == "stopped" and "too many times" in note_of(stand_in)["message"]
+
+
+def test_a_signal_during_the_start_waits_until_it_can_be_answered(slurm, stand_in):
+    """The batch file holds TERM and USR2 back; the job lets them in. A later task then asks Slurm itself."""
+    (slurm / "scontrol").write_text(f"#!/bin/sh\necho $@ >> {slurm}/requeued\n")
+    (slurm / "scontrol").chmod(0o755)
+    (slurm / "state").write_text("RUNNING\n")
+    submit(pretrain_words(stand_in, 400), launch="slurm")
+    (srun,) = [line for line in (slurm / "submitted").read_text().splitlines() if line.startswith("srun")]
+    held = srun[srun.index("env ") :].split(" -u ")[0]
+    assert held == f"env --block-signal=USR2 --block-signal=TERM {sys.executable}"
+    for rank in ("0", "1"):
+        place = {"SLURM_PROCID": rank, "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"}
+        command = [*held.split(), "-m", "submitit.core._submit", str(stand_in / "jobs")]
+        task = slurm_task(stand_in / "jobs", command=command, **place)
+        time.sleep(0.05)
+        task.send_signal(signal.SIGUSR2)
+        wait_until(lambda rank=rank: (slurm / "requeued").exists() and len(calls(slurm)) == int(rank) + 1)
+        if rank == "1":
+            task.kill()  # it waits for Slurm's end
+        task.communicate(timeout=30)
+    assert calls(slurm) == ["requeue 41"] * 2
+    assert not (stand_in / "metrics.jsonl").exists()
+
+
+def calls(tools):
+    return (tools / "requeued").read_text().splitlines()
+
+
+@pytest.fixture
+def batch(slurm, tmp_path, monkeypatch):
+    """What the batch script does last, in a job that Slurm still lets run."""
+    (slurm / "scontrol").write_text(f"#!/bin/sh\necho $@ >> {slurm}/requeued\n")
+    (slurm / "scontrol").chmod(0o755)
+    (slurm / "state").write_text("RUNNING\n")
+    (slurm / "requeued").touch()
+    monkeypatch.setenv("SLURM_JOB_ID", "41")
+
+    def end(code=1, state=None, most=30, restarts=0, checkpoint=None):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+        if state is not None:
+            (tmp_path / "41_state.json").write_text(json.dumps({"state": state}))
+        if checkpoint is not None:
+            (tmp_path / "out" / "checkpoints" / f"step_{checkpoint:07d}").mkdir(parents=True)
+        before = len(calls(slurm))
+        answer = job_module.after_srun(code, str(tmp_path), str(tmp_path / "out"), most)
+        again = len(calls(slurm)) > before
+        assert answer == (0 if again else code)
+        return again
+
+    return end
+
+
+@pytest.mark.parametrize(
+    ("state", "again"),
+    [("running", True), ("requeued", True), ("lost", True), ("done", False), ("failed", False)]
+    + [("stopped", False), ("wrong input", False)],
+)
+def test_a_job_without_a_last_word_is_queued_again(batch, state, again):
+    assert batch(code=137, state=state) is again
+
+
+def test_it_is_queued_again_before_its_first_word_too_and_not_when_all_is_well(batch, slurm):
+    assert batch() and not batch(code=0)
+    (slurm / "state").write_text("COMPLETING\n")
+    assert not batch(checkpoint=1)
+
+
+def test_it_is_queued_again_as_long_as_it_gets_further(batch, capsys):
+    assert [batch(), batch(), batch(), batch()] == [True, True, True, False]
+    assert "not queued again" in capsys.readouterr().err
+    assert batch(checkpoint=5) and batch(checkpoint=10)
+    assert not batch(checkpoint=15, restarts=30)
