@@ -32,6 +32,15 @@ from sslvit.config import load_config, shipped_file
 from sslvit.errors import EXIT_DONE, EXIT_INPUT, EXIT_RESUMABLE, InputError, Resumable
 from sslvit.run_folder import process_start, write_atomically
 from sslvit.verbs.job import WITHOUT_A_WORD, Job
+from sslvit.verbs.plan import (
+    ASSUMED,
+    GPUS,
+    Hardware,
+    describe_plan,
+    estimate,
+    gpu_named,
+    refuse_what_cannot_fit,
+)
 
 DISTRIBUTED = ("pretrain", "align")  # verbs whose tasks share the work
 LIVE = ("waiting", "running", "unknown")
@@ -59,6 +68,8 @@ class LaunchConfig:
     signal_delay_s: int = 120  # how long before the time limit the job is told to save
     max_num_requeues: int = 30
     array_parallelism: int = 16  # how many jobs of a sweep run at once
+    gpu: str | None = None  # e.g. h100, for the plan; auto: what `constraint` names
+    utilisation: float = 0.3  # share of the GPU's peak that the plan counts on
 
 
 @dataclass(frozen=True)
@@ -116,7 +127,10 @@ def submit(
     settings = fit_to_verb(read_launch(launch or "local"), plans[0].words[0])
     if dry_run:
         print(describe(plans, settings))
+        check_plans(plans, settings, show=True)
         return []
+    if hardware_of(settings).gpu_known:
+        check_plans(plans, settings)
     records = _start(plans, settings)
     if wait or follow:
         records = _watch(records, settings, follow)
@@ -185,6 +199,10 @@ def read_launch(name: str) -> LaunchConfig:
         for key in SLURM_ONLY:
             if getattr(settings, key) != getattr(default, key):
                 raise InputError(f"{found}: {key} means nothing on cluster: local; take it out, or use cluster: slurm")
+    if settings.gpu is not None and settings.gpu not in GPUS:
+        raise InputError(f"{found}: gpu is {settings.gpu!r}; known are {', '.join(GPUS)}")
+    if not 0 < settings.utilisation <= 1:
+        raise InputError(f"{found}: utilisation is {settings.utilisation}; it is above 0 and at most 1")
     for key in ("nodes", "tasks_per_node", "cpus_per_task", "hours", "mem_gb", "array_parallelism"):
         value = getattr(settings, key)
         if value is not None and value <= 0:
@@ -241,6 +259,34 @@ def describe(plans: Sequence[Plan], settings: LaunchConfig) -> str:
     if settings.cluster == "slurm":
         lines.append(sbatch_file(plans, settings))
     return "\n".join(lines)
+
+
+def check_plans(plans: Sequence[Plan], settings: LaunchConfig, show: bool = False) -> None:
+    """Refuse what cannot fit; `show` prints what each pretraining job will take."""
+    for plan in plans:
+        command = parse(plan.words)
+        if command.verb != "pretrain":
+            continue
+        found = estimate(command.arguments, hardware_of(settings))
+        if show:
+            print(describe_plan(found) if found else "# no plan: this encoder's sizes are known when it is built")
+        if found:
+            refuse_what_cannot_fit(found)
+
+
+def hardware_of(settings: LaunchConfig) -> Hardware:
+    """What the plan needs to know of a launch file."""
+    named = settings.gpu or gpu_named(settings.constraint)
+    has_gpus = num_gpus(settings) > 0
+    tasks = num_tasks(settings)
+    return Hardware(
+        tasks=settings.nodes * tasks,
+        tasks_per_node=tasks,
+        gpu=(named or ASSUMED) if has_gpus else None,
+        gpu_known=bool(has_gpus and named),
+        utilisation=settings.utilisation,
+        mem_gb=settings.mem_gb,
+    )
 
 
 def sbatch_file(plans: Sequence[Plan], settings: LaunchConfig) -> str:

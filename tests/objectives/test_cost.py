@@ -1,0 +1,125 @@
+"""The arithmetic of what a step costs, against what small models measure: parameters exactly, the rest within 15%."""
+
+import dataclasses
+import sys
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from sslvit.config import PretrainConfig
+from sslvit.data.loader import Views
+from sslvit.encoder.config import Preprocessing
+from sslvit.objectives.config import DinoConfig, IbotConfig, KoleoConfig, MaeConfig
+from sslvit.objectives.cost import SIZES, cost, size_of
+from sslvit.objectives.pretraining import Pretraining
+from sslvit.objectives.recipe import DataFacts, resolve
+
+HEAD = {"num_prototypes": 1024, "head_hidden_dim": 128, "head_bottleneck_dim": 64}
+DINO, IBOT, MAE = DinoConfig(**HEAD), IbotConfig(**HEAD), MaeConfig(decoder_dim=64, decoder_depth=2)
+CASES = {
+    "joint": {"dino": DINO, "mae": MAE},
+    "dino": {"dino": DINO},
+    "mae": {"mae": MAE},
+    "shared pass": {
+        "dino": dataclasses.replace(DINO, num_teacher_views=1, student_visible_ratio=0.25),
+        "mae": MAE,
+    },
+    "dino, ibot, koleo": {"dino": DINO, "ibot": IBOT, "koleo": KoleoConfig()},
+    "second form": {"dino": DINO, "mae": MAE},
+}
+
+
+def resolved(name, batch=8, side=96):
+    config = PretrainConfig(data="x", steps=100, batch_size=batch, precision="fp32", **CASES[name])
+    encoder = config.encoder
+    encoder.name, encoder.image_size, encoder.patch_size, encoder.depth = "vit_tiny_patch16_224", side, 16, 4
+    encoder.class_token = name != "second form"
+    config.crops.num_local = 0 if name in ("mae", "shared pass") else 4
+    config.crops.local_size = side // 2
+    return resolve(config, DataFacts(10_000, side, 3, "cpu"))[0]
+
+
+def batch_of(config):
+    batch, crops, side = config.batch_size, config.crops, config.encoder.image_size
+
+    def make(count, size):
+        return torch.randint(0, 256, (count, batch, 3, size, size), dtype=torch.uint8)
+
+    rows = [torch.zeros(count, batch, 20) for count in (crops.num_global, crops.num_local)]
+    from sslvit.data.photometry import NUM_PARAMETERS
+
+    rows = [torch.zeros(count, batch, NUM_PARAMETERS) for count in (crops.num_global, crops.num_local)]
+    ids = torch.arange(batch)
+    views = (make(crops.num_global, side), make(crops.num_local, crops.local_size))
+    return Views(*views, *rows, ids, torch.zeros_like(ids))
+
+
+@pytest.fixture(scope="module", params=CASES)
+def measured(request):
+    """(config, module, bytes that autograd saved, FLOPs) of one forward and backward pass."""
+    torch.manual_seed(0)
+    config = resolved(request.param)
+    module = Pretraining(config, Preprocessing(config.encoder.image_size)).train()
+    module._colour_crops = lambda crops, rows: crops.float() / 255  # as many bytes, without the work
+    own = {tensor.untyped_storage().data_ptr() for tensor in module.state_dict().values()}
+    saved: dict[int, int] = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    views = batch_of(config)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss, _ = module(views, 50)
+    loss.backward()
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        loss, _ = module(views, 50)
+        loss.backward()
+    return config, module, sum(saved.values()), counter.get_total_flops()
+
+
+def test_parameters_are_exact(measured):
+    config, module, _, _ = measured
+    found = cost(config)
+    assert found.encoder == sum(p.numel() for p in module.student.parameters())
+    assert found.student == sum(p.numel() for p in module.parameters() if p.requires_grad)
+    assert found.teacher == sum(p.numel() for p in module.parameters() if not p.requires_grad)
+
+
+def test_flops_are_within_15_percent(measured):
+    config, _, _, flops = measured
+    assert cost(config).flops_per_image * config.batch_size == pytest.approx(flops, rel=0.15)
+
+
+def test_activations_are_within_15_percent(measured):
+    config, _, saved, _ = measured
+    assert cost(config).activation_bytes_per_image * config.batch_size == pytest.approx(saved, rel=0.15)
+
+
+def test_checkpoints_are_within_15_percent(measured):
+    config, module, _, _ = measured
+    trained = [p for p in module.parameters() if p.requires_grad]
+    held = sum(t.nbytes for t in module.state_dict().values()) + 8 * sum(p.numel() for p in trained)
+    assert cost(config).checkpoint_bytes == pytest.approx(held, rel=0.15)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_are_timm_s(name):
+    import timm
+
+    patch = {"tiny": 16, "small": 16, "base": 16, "large": 16}.get(name, 14)
+    with torch.device("meta"):
+        model = timm.create_model(f"vit_{name}_patch{patch}_224", depth=1)
+    dim, _, heads, hidden = SIZES[name]
+    assert (model.embed_dim, model.blocks[0].attn.num_heads, model.blocks[0].mlp.fc1.out_features) == (dim, heads, hidden)
+
+
+def test_unknown_encoders_have_no_plan():
+    config = resolved("joint")
+    config.encoder.name = "vit_wonderful_patch16_224"
+    assert size_of(config) is None and cost(config) is None
+    assert "torch" in sys.modules  # of this test, not of the arithmetic: test_floors.py
