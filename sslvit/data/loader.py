@@ -241,6 +241,8 @@ class Loader:
             try:
                 image = self._images[shown]
             except (BadImage, OSError) as error:
+                if isinstance(error.__cause__, MemoryError):  # no fault of the image
+                    raise error.__cause__ from None
                 self._bad_files.add(self._source.name(shown), str(error))
             else:
                 self._bad_files.saw()

@@ -1,11 +1,14 @@
-"""Threads that load: what fails in one is raised where it is waited for, with the image's name; none can hang a run.
+"""Threads that load: what fails in one is tried again, then raised where it is waited for, with the image's name.
 
-It knows nothing of images but their indices (`loader.py` does the loading).
+None can hang a run. Work is a function of its arguments, so that trying again, in another thread, changes nothing. It
+knows nothing of images but their indices (`loader.py` does the loading).
 """
 
 from __future__ import annotations
 
 import atexit
+import gc
+import logging
 import queue
 import threading
 import time
@@ -17,7 +20,11 @@ import torch
 
 from sslvit.errors import InputError, Resumable
 
-HANG_SECONDS = 300.0
+HANG_SECONDS = 120.0
+TRIES = 3
+MEMORY_SECONDS = 1.0  # for other threads to give memory back
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -30,6 +37,7 @@ class Job:
     at: int | None = None  # the image being read just now
     error: BaseException | None = None
     result: Any = None
+    abandoned: bool = False  # its thread hangs, and another has the work now
 
 
 class _Stopped(Exception):
@@ -39,8 +47,9 @@ class _Stopped(Exception):
 class Workers:
     """A few daemon threads that run jobs in order of submission; with none, the waiting thread runs them itself.
 
-    A job that fails raises where it is waited for, naming the image it was at. A job that stays at one image for five
-    minutes (a dead network disk) raises Resumable there, and being daemons the threads cannot keep the process alive.
+    A job that fails, runs out of memory or stays at one image for two minutes (a dead network disk) is done again, in a
+    new thread if need be; the third failure raises where it is waited for, naming the image it was at: RuntimeError,
+    Resumable for a hang or no memory. Being daemons the threads cannot keep the process alive.
     """
 
     def __init__(self, num_threads: int, name: Callable[[int], str]) -> None:
@@ -82,21 +91,57 @@ class Workers:
 
     def wait(self, job: Job) -> Any:
         """The job's result, once it is done."""
-        if not self._threads:
+        for left in reversed(range(TRIES)):
+            problem = self._outcome(job)
+            if problem is None:
+                return job.result
+            if not left:
+                raise problem from job.error
+            log.warning("%s; trying again", problem)
+            job = self._again(job)
+        raise AssertionError("unreachable")
+
+    def _outcome(self, job: Job) -> Exception | None:
+        """None when it is done; the problem when it is worth another try; the user's errors are raised at once."""
+        if not self._threads and not job.done.is_set():
             self._run(job)
         at, since = job.at, time.monotonic()
         while not job.done.wait(timeout=min(1.0, HANG_SECONDS)):
             if job.at != at:
                 at, since = job.at, time.monotonic()
             elif at is not None and time.monotonic() - since > HANG_SECONDS:
+                job.abandoned = True
                 problem = f"reading {self._name(at)} has hung for {HANG_SECONDS:.0f} s"
-                raise Resumable(f"{problem}; see to its disk and run the same command again")
-        if isinstance(job.error, InputError) or not isinstance(job.error, Exception | None):
+                return Resumable(f"{problem}; see to its disk and run the same command again")
+        if isinstance(job.error, InputError | Resumable) or not isinstance(job.error, Exception | None):
             raise job.error
-        if job.error is not None:
-            where = "before the first image" if job.at is None else f"at {self._name(job.at)}"
-            raise RuntimeError(f"loading failed {where}: {job.error!r}") from job.error
-        return job.result
+        where = "before the first image" if job.at is None else f"at {self._name(job.at)}"
+        if isinstance(job.error, MemoryError):
+            return Resumable(f"out of memory {where}; run the same command with a smaller num_workers")
+        return None if job.error is None else RuntimeError(f"loading failed {where}: {job.error!r}")
+
+    def _again(self, job: Job) -> Job:
+        """The same work once more: by a new thread for one that hangs, else here."""
+        new = Job(job.work, job.arguments, threading.Event())
+        if job.abandoned:
+            self._replace_thread()
+            self._jobs.put(new)
+            return new
+        if isinstance(job.error, MemoryError):
+            job.error = None  # its traceback holds what was decoded so far
+            gc.collect()
+            time.sleep(MEMORY_SECONDS)
+        self._run(new)
+        return new
+
+    def _replace_thread(self) -> None:
+        torch_threads = torch.get_num_threads()
+        self._ready = threading.Barrier(2)
+        thread = threading.Thread(target=self._serve, daemon=True, name="loader")
+        self._threads.append(thread)
+        thread.start()
+        self._ready.wait()
+        torch.set_num_threads(torch_threads)
 
     def _serve(self) -> None:
         torch.get_num_threads()  # a thread's first question sets it to what all have; after that its own setting lasts
@@ -107,7 +152,7 @@ class Workers:
 
     def _run(self, job: Job) -> None:
         def report(index: int) -> None:
-            if self._stopping:
+            if self._stopping or job.abandoned:
                 raise _Stopped
             job.at = index
 

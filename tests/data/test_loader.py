@@ -250,11 +250,71 @@ def test_a_hanging_read_is_named_and_does_not_hang_the_run(monkeypatch):
 
     monkeypatch.setattr(workers, "HANG_SECONDS", 0.2)
     batches, start = iter(make(Hanging(), num_workers=1)), time.monotonic()
-    threading.Timer(1.0, release.set).start()  # so that the thread is not left over
+    threading.Timer(4.0, release.set).start()  # so that the thread is not left over
     with pytest.raises(Resumable, match="picture-6 has hung"):
         for _ in range(6):
             next(batches)
     assert time.monotonic() - start < 8
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("error", [MemoryError(), ZeroDivisionError("a transient one")], ids=["memory", "dies"])
+def test_a_worker_that_fails_once_is_done_again_with_the_same_result(num_workers, error, monkeypatch, caplog):
+    class Once(Pictures):
+        def read(self, index):
+            if index == 6 and 6 not in self.reads:
+                self.reads.append(6)
+                raise error
+            return super().read(index)
+
+    monkeypatch.setattr(workers, "MEMORY_SECONDS", 0.0)
+    bad_files = BadFiles()
+    assert same(take(make(Once(), num_workers=num_workers, bad_files=bad_files), 6), take(make(), 6))
+    assert "trying again" in caplog.text and not bad_files.reasons
+
+
+def same(some, others):
+    return all(
+        torch.equal(a.global_crops, b.global_crops) and torch.equal(a.sample_ids, b.sample_ids) and at == also
+        for (a, at), (b, also) in zip(some, others, strict=True)
+    )
+
+
+def test_no_memory_for_decoding_is_no_fault_of_the_image(monkeypatch):
+    def starve(*args, **options):
+        raise MemoryError
+
+    monkeypatch.setattr(workers, "MEMORY_SECONDS", 0.0)
+    monkeypatch.setattr("sslvit.data.decode._array_to_uint8", starve)
+    bad_files = BadFiles(max_bad_rate=1)
+
+    class Wrapped(Pictures):
+        def read(self, index):
+            buffer = io.BytesIO()
+            Image.fromarray(self.images[index].astype(np.uint16)[..., 0] * 257).save(buffer, "PNG")
+            return buffer.getvalue()
+
+    with pytest.raises(Resumable, match=r"out of memory at picture-\d+; .*smaller num_workers"):
+        take(make(Wrapped(), bad_files=bad_files), 1)
+    assert not bad_files.reasons
+
+
+def test_a_thread_that_hangs_once_is_replaced_and_nothing_changes(monkeypatch, caplog):
+    release, hung = threading.Event(), []
+
+    class Hanging(Pictures):
+        def read(self, index):
+            if index == 6 and not hung:
+                hung.append(index)
+                release.wait(20)
+            return super().read(index)
+
+    monkeypatch.setattr(workers, "HANG_SECONDS", 0.3)
+    stream = iter(make(Hanging(), num_workers=1))
+    taken = [next(stream) for _ in range(6)]
+    release.set()
+    stream.close()
+    assert same(taken, take(make(), 6)) and hung and "has hung" in caplog.text
 
 
 def test_threads_end_with_the_iteration():
