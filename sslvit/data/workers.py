@@ -56,6 +56,8 @@ class Workers:
         self._name = name
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._stopping = False
+        self._num_begun = 0  # images, in all threads
+        self._last_begun: int | None = None
         self._threads = [threading.Thread(target=self._serve, daemon=True, name="loader") for _ in range(num_threads)]
         self._ready = threading.Barrier(num_threads + 1)
 
@@ -105,13 +107,13 @@ class Workers:
         """None when it is done; the problem when it is worth another try; the user's errors are raised at once."""
         if not self._threads and not job.done.is_set():
             self._run(job)
-        at, since = job.at, time.monotonic()
+        mark, since = self._mark(job), time.monotonic()
         while not job.done.wait(timeout=min(1.0, HANG_SECONDS)):
-            if job.at != at:
-                at, since = job.at, time.monotonic()
-            elif at is not None and time.monotonic() - since > HANG_SECONDS:
-                job.abandoned = True
-                problem = f"reading {self._name(at)} has hung for {HANG_SECONDS:.0f} s"
+            if self._mark(job) != mark:
+                mark, since = self._mark(job), time.monotonic()
+            elif mark[1] is not None and time.monotonic() - since > HANG_SECONDS:
+                job.abandoned = job.at is not None
+                problem = f"reading {self._name(mark[1])} has hung for {HANG_SECONDS:.0f} s"
                 return Resumable(f"{problem}; see to its disk and run the same command again")
         if isinstance(job.error, InputError | Resumable) or not isinstance(job.error, Exception | None):
             raise job.error
@@ -120,11 +122,17 @@ class Workers:
             return Resumable(f"out of memory {where}; run the same command with a smaller num_workers")
         return None if job.error is None else RuntimeError(f"loading failed {where}: {job.error!r}")
 
+    def _mark(self, job: Job) -> tuple[int, int | None]:
+        """(images begun, the one being read) by the job; as long as it waits in the queue, by all threads."""
+        return (0, job.at) if job.at is not None else (self._num_begun, self._last_begun)
+
     def _again(self, job: Job) -> Job:
         """The same work once more: by a new thread for one that hangs, else here."""
         new = Job(job.work, job.arguments, threading.Event())
-        if job.abandoned:
+        if not job.done.is_set():
             self._replace_thread()
+            if not job.abandoned:  # it is still in the queue, behind others that hang
+                return job
             self._jobs.put(new)
             return new
         if isinstance(job.error, MemoryError):
@@ -154,7 +162,8 @@ class Workers:
         def report(index: int) -> None:
             if self._stopping or job.abandoned:
                 raise _Stopped
-            job.at = index
+            job.at = self._last_begun = index
+            self._num_begun += 1
 
         try:
             if not self._stopping:
