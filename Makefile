@@ -6,6 +6,7 @@ CONSTRAINTS ?= requirements/tested.txt
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 INPUTS := setup.cfg pyproject.toml $(CONSTRAINTS)
 BENCH ?=
+CHAOS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint types test-all test-slurm bench chaos docs clean
@@ -40,6 +41,10 @@ test: $(VENV)/.installed-dev  ## the tests
 test-all: $(VENV)/.installed-dev  ## the tests with the long ones
 	$(BIN)/python -m pytest --timeout 3600
 
+test-slurm: $(VENV)/.installed-dev  ## eight interruptions on a real Slurm of two nodes, brought up here (root; Debian)
+	$(BIN)/python tests/slurm_lab.py install
+	$(BIN)/python -m pytest tests/test_slurm.py -m slow --timeout 1200
+
 lint: $(VENV)/.installed-dev  ## ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
@@ -56,6 +61,9 @@ $(VENV)/.installed-docs: $(BIN)/python $(INPUTS)
 docs: $(VENV)/.installed-docs  ## the pages as a site, into site/
 	$(BIN)/mkdocs build --strict -q
 	@echo site/index.html
+
+chaos: $(VENV)/.installed-dev  ## all faults, one table; goes on where it was (make chaos CHAOS=--quick: five minutes)
+	$(BIN)/python benchmarks/chaos.py --json benchmarks/results/chaos.json $(CHAOS)
 
 clean:  ## remove what was built, not what was trained
 	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -22,10 +22,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-
 HERE = Path(__file__).resolve().parent
 CASE_SECONDS = 900
 
@@ -45,6 +41,8 @@ class Row:
 def main(arguments: list[str] | None = None) -> int:
     """Runs what is not done, prints the table; 0 when every case of every row that could run has passed."""
     options = _parse(arguments)
+    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # before torch, which rows import
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     sys.path[:0] = [str(HERE), str(HERE.parent / "tests"), str(HERE.parent / "tests" / "data")]
     import chaos_rows
 
@@ -91,12 +89,18 @@ def _run_row(row: Row, count: int, output_dir: Path) -> tuple[str | None, list[d
     for case in range(count):
         if not done.get(case, {}).get("passed"):
             done[case] = _run_case(row, case)
-            with open(file, "a") as stream:
-                stream.write(json.dumps(done[case]) + "\n")
+            _append(file, done[case])
     cells = [done[case] for case in range(count)]
     good = sum(cell["passed"] for cell in cells)
     print(f"{row.name}: {good} of {count} passed, {time.monotonic() - began:.0f} s", flush=True)
     return None, cells
+
+
+def _append(file: Path, cell: dict) -> None:
+    """One line; after one that a kill cut off, on a line of its own."""
+    cut = file.exists() and not file.read_bytes().endswith(b"\n") and file.stat().st_size
+    with open(file, "a") as stream:
+        stream.write(("\n" if cut else "") + json.dumps(cell) + "\n")
 
 
 def _finished_cells(file: Path) -> dict[int, dict]:

@@ -75,3 +75,30 @@ def test_devices() -> None:
         assert distributed.init() == torch.device("cpu")
         with pytest.raises(InputError, match="no usable CUDA device; use device=cpu"):
             distributed.init("cuda")
+
+
+def test_a_small_shared_memory_is_noticed(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    usage = type("Usage", (), {"free": 64 << 20})
+    monkeypatch.setattr(distributed.shutil, "disk_usage", lambda path: usage)
+    distributed._check_shared_memory(1)
+    assert not caplog.text
+    distributed._check_shared_memory(8)
+    assert "/dev/shm has 64 MiB free, 8 processes may need 512: start the container with --shm-size=512m" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "lost"),
+    [
+        ("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4", True),
+        ("Timed out waiting 8000ms for recv operation to complete", True),
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+    ],
+)
+def test_what_means_that_another_process_is_gone(monkeypatch: pytest.MonkeyPatch, text: str, lost: bool) -> None:
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    assert distributed._is_of_a_peer(RuntimeError(text)) is lost
+
+
+def test_an_error_of_ones_own_stays_what_it_is() -> None:
+    with pytest.raises(RuntimeError, match="mine"), distributed.joined("cpu"):
+        raise RuntimeError("mine")

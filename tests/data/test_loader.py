@@ -250,7 +250,7 @@ def test_a_hanging_read_is_named_and_does_not_hang_the_run(monkeypatch):
 
     monkeypatch.setattr(workers, "HANG_SECONDS", 0.2)
     batches, start = iter(make(Hanging(), num_workers=1)), time.monotonic()
-    threading.Timer(4.0, release.set).start()  # so that the thread is not left over
+    threading.Timer(2.5, release.set).start()  # so that the thread is not left over
     with pytest.raises(Resumable, match="picture-6 has hung"):
         for _ in range(6):
             next(batches)

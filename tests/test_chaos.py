@@ -1,0 +1,108 @@
+"""The table of faults itself, and a few cases of its rows; `make chaos` does them all."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path += [str(ROOT / "benchmarks"), str(ROOT / "tests" / "data")]
+
+import chaos  # noqa: E402
+
+SCRIPT = ROOT / "benchmarks" / "chaos.py"
+
+
+def run(out: Path, *words: str, **variables: str) -> tuple[subprocess.CompletedProcess, dict[str, int | None]]:
+    """What the script printed, and the numbers it wrote."""
+    command = [sys.executable, str(SCRIPT), "--output-dir", str(out), "--json", str(out / "rows.json"), *words]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", **variables}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    rows = json.loads((out / "rows.json").read_text()) if (out / "rows.json").exists() else []
+    return done, {row["name"]: row["value"] for row in rows}
+
+
+def test_a_few_cases(tmp_path: Path) -> None:
+    done, found = run(tmp_path, "--cases", "2", "--rows", "kill,damage,hostile,races,odd_images", SSLVIT_DATA="")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for row in ("kill", "damage", "hostile", "races"):
+        assert found[f"chaos/{row}/cases"] == found[f"chaos/{row}/passed"] == 2
+    assert found["chaos/odd_images/cases"] is None and "skipped: SSLVIT_DATA is unset" in done.stdout
+    assert "| two jobs on one folder: exactly one runs | 2 | 2 |" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_few_cases_of_the_longer_rows(tmp_path: Path) -> None:
+    rows = "every_call,broken_savers,disk,resumes,worlds,lost_rank,not_finite"
+    done, found = run(tmp_path, "--cases", "2", "--rows", rows)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(found[f"chaos/{row}/passed"] == 2 for row in rows.split(","))
+
+
+def toy_row(work, absent=lambda: None) -> chaos.Row:
+    return chaos.Row("toy", "a toy", 3, 1, work, absent)
+
+
+def test_finished_cells_are_not_done_again_and_failed_ones_are(tmp_path: Path) -> None:
+    done, failing = [], {1}
+
+    def work(case: int, folder: Path) -> None:
+        assert not list(folder.iterdir())
+        done.append(case)
+        assert case not in failing, "it hurts"
+
+    row = toy_row(work)
+    why, cells = chaos._run_row(row, 3, tmp_path)
+    assert why is None and [cell["passed"] for cell in cells] == [True, False, True]
+    assert cells[1]["problem"].startswith("it hurts")
+    failing.clear()
+    with open(tmp_path / "cells" / "toy.jsonl", "a") as file:
+        file.write('{"case": 3, "pas')  # cut by a kill
+    chaos._run_row(row, 3, tmp_path)
+    chaos._run_row(row, 3, tmp_path)
+    assert done == [0, 1, 2, 1]
+
+
+def test_a_row_whose_tool_is_absent_never_passes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    row = toy_row(lambda case, folder: None, lambda: "no tool")
+    found = chaos._run_row(row, 3, tmp_path)
+    assert found == ("no tool", []) and "toy: skipped: no tool" in capsys.readouterr().out
+    rows = chaos.json_rows([(row, *found)])
+    assert [item["value"] for item in rows] == [None, None] and rows[0]["protocol"] == "skipped: no tool"
+    assert "| a toy | - | skipped: no tool |" in chaos.markdown([(row, *found)])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["damage", "races", "hostile"])
+def test_a_row_fails_when_what_it_checks_is_broken(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import chaos_rows
+
+    row = next(row for row in chaos_rows.ROWS if row.name == name)
+    broken = {
+        "damage": ("verify_checkpoint", lambda path: None),
+        "races": ("RunFolder", Unlocked),
+        "hostile": ("load_config", lambda schema, file: None),
+    }
+    monkeypatch.setattr(chaos_rows, *broken[name])
+    _, cells = chaos._run_row(row, 1, tmp_path)
+    assert not cells[0]["passed"]
+
+
+class Unlocked:
+    @staticmethod
+    def open(*args: object) -> "Unlocked":
+        return Unlocked()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+def test_an_unknown_row_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert chaos.main(["--rows", "no_such_row"]) == 2
+    assert "no_such_row" in capsys.readouterr().err
