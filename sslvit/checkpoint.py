@@ -27,6 +27,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sslvit import distributed
 from sslvit.errors import InputError, Resumable
 
 __all__ = [
@@ -255,7 +256,7 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
         if name not in parameters:
             raise InputError(f"the checkpoint's optimizer knows a parameter {name!r} that this run has not")
         parameter = parameters[name]
-        optimizer.state[parameter][key] = tensor.to(parameter.device, copy=True)
+        optimizer.state[parameter][key] = distributed.shard_like(tensor, parameter)
 
 
 def read_weights_file(path: Path) -> dict[str, Tensor]:

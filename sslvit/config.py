@@ -91,6 +91,7 @@ class PretrainConfig:
     num_workers: int | None = None
     max_bad_rate: float = 0.05  # the run stops when more of the images than this cannot be read
     overwrite: bool = False
+    sharded: bool = False  # share weights and moments out over the processes (FSDP2), for encoders beyond ViT-L
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     crops: CropsConfig = field(default_factory=CropsConfig)
     photometry: PhotometryConfig = field(default_factory=PhotometryConfig)

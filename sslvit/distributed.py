@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sslvit.errors import InputError, RankLost
 
@@ -37,8 +38,13 @@ __all__ = [
     "joined",
     "local_rank",
     "native_bf16",
+    "full",
     "rank",
+    "shard",
+    "shard_like",
     "shutdown",
+    "unsharded",
+    "whole",
     "world_size",
 ]
 
@@ -238,6 +244,63 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     return box[0]
+
+
+# ---- weights that are shared out (FSDP2) ----------------------------------------------------------------------------
+
+
+def shard(module: nn.Module, bf16: bool) -> None:
+    """Shares out weights, gradients and whatever the optimizer keeps of them over all processes; before the optimizer.
+
+    One group (torch's fully_shard): the whole module is gathered when its forward begins and let go after its backward,
+    in bfloat16 where the device has autocast for every layer (CUDA); gradients are reduced in fp32. The few gigabytes
+    that a gathered ViT-g takes are worth the simplicity: the code may touch any weight. No-op in a single process.
+    """
+    if world_size() == 1:
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    kind = next(module.parameters()).device.type
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if bf16 and kind == "cuda" else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
+    fully_shard(module, mesh=init_device_mesh(kind, (world_size(),)), mp_policy=policy)
+
+
+@contextlib.contextmanager
+def whole(module: nn.Module) -> Iterator[None]:
+    """Within it the module's weights are there in full, for an evaluation; nothing happens to one that is not shared."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if not isinstance(module, FSDPModule):
+        yield
+        return
+    module.unshard()
+    try:
+        yield
+    finally:
+        module.reshard()
+
+
+def unsharded(tensor: Tensor) -> Tensor:
+    """This process's part of a shared tensor, as a plain one; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a shared tensor, on every process that calls (all must); any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A copy of a whole tensor on `other`'s device, shared out as `other` is where the shapes agree."""
+    if isinstance(other, DTensor) and tensor.shape == other.shape:
+        placed = tensor.to(other.device)
+        return distribute_tensor(placed, other.device_mesh, other.placements, src_data_rank=None)
+    return tensor.to(other.device, copy=True)
 
 
 def choose_device(device: str | None) -> torch.device:

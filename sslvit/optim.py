@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sslvit import distributed
+
 __all__ = ["adamw", "apply_schedule", "clip_grad_norm_", "ema_", "param_groups", "step_unless"]
 
 TOKENS = frozenset({"cls_token", "dist_token", "reg_token", "mask_token", "pos_embed"})  # never decayed
@@ -75,7 +77,11 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return torch.zeros(())
-    norm = torch.linalg.vector_norm(torch.stack([n.float() for n in torch._foreach_norm(gradients)]))
+    parts = [distributed.unsharded(gradient) for gradient in gradients]
+    norm = torch.linalg.vector_norm(torch.stack([n.float() for n in torch._foreach_norm(parts)]))
+    if parts[0] is not gradients[0]:  # each process has seen its share
+        norm = distributed.all_reduce_sum_(norm.square()).sqrt()
+    gradients = parts
     if max_norm > 0:
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         if norm.is_cuda or scale < 1:  # on CPU the comparison is free and saves a pass over the gradients
@@ -86,8 +92,9 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
 @torch.no_grad()
 def ema_(teacher: Iterable[Tensor], student: Iterable[Tensor], momentum: float) -> None:
     """Teacher <- momentum * teacher + (1 - momentum) * student, for float32 teachers."""
-    targets = list(teacher)
-    sources = [source.detach().to(target.dtype) for target, source in zip(targets, student, strict=True)]
+    targets = [distributed.unsharded(target) for target in teacher]
+    parts = (distributed.unsharded(source.detach()) for source in student)
+    sources = [part.to(target.dtype) for target, part in zip(targets, parts, strict=True)]
     assert all(target.dtype == torch.float32 for target in targets), "the moving average is kept in float32"
     torch._foreach_lerp_(targets, sources, 1.0 - momentum)
 

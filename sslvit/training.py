@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from sslvit import distributed
@@ -212,7 +213,8 @@ class _Saver:
 
     def restore(self, path: Path) -> Progress:
         tensors, meta = load_checkpoint(path, verify=False)
-        self.module.load_state_dict(tensors["model"])
+        state = self.module.state_dict()
+        self.module.load_state_dict({k: distributed.shard_like(v, state[k]) for k, v in tensors["model"].items()})
         load_optimizer_tensors(self.optimizer, tensors["optimizer"])
         self.metrics.load_state(tensors["metrics"])
         self.saved_step = meta["step"]
@@ -224,14 +226,12 @@ class _Saver:
         self.close()
         self.saved_step = progress.step
         averages = self.metrics.state()
+        held = {"model": self.module.state_dict(), "optimizer": optimizer_tensors(self.optimizer)}
+        tensors = {stem: {k: distributed.full(v) for k, v in group.items()} for stem, group in held.items()}
         if not distributed.is_main():
             return
         self.metrics.sync()
-        tensors = {
-            "model": self.module.state_dict(),
-            "optimizer": optimizer_tensors(self.optimizer),
-            "metrics": averages,
-        }
+        tensors["metrics"] = averages
         meta = {**self.meta, "cursor": progress.cursor, "progress": asdict(progress)}
         self.saving = save_checkpoint(
             self.root,
@@ -320,7 +320,7 @@ def _step_of(path: Path) -> int:
 
 
 def _parallel(module: nn.Module) -> nn.Module:
-    if distributed.world_size() == 1:
+    if distributed.world_size() == 1 or isinstance(module, FSDPModule):
         return module
     model = DistributedDataParallel(module, gradient_as_bucket_view=True)
     model.broadcast_buffers = False  # an attribute, because the argument's name changes within the torch we support
@@ -331,6 +331,8 @@ def _no_sync(model: nn.Module, wanted: bool) -> contextlib.AbstractContextManage
     """Gradients are averaged over processes with the last micro-batch only."""
     if wanted and isinstance(model, DistributedDataParallel):
         return model.no_sync()
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(not wanted)
     return contextlib.nullcontext()
 
 

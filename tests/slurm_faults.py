@@ -23,7 +23,7 @@ from pathlib import Path
 from slurm_lab import NODES, Lab, processes, wait_until
 
 STEPS = 120
-SECONDS = 240.0
+SECONDS = 480.0
 KEYS = [
     *("data=scenes:?n=64&size=32", f"steps={STEPS}", "batch_size=8", "device=cpu", "precision=fp32", "num_workers=1"),
     *("encoder.image_size=32", "encoder.patch_size=8", "encoder.name=vit_tiny_patch16_224", "encoder.depth=1"),
@@ -130,16 +130,16 @@ def reference(lab: Lab, folder: Path) -> str:
 
 
 def time_limit(lab: Lab, folder: Path, wanted: str) -> None:
-    """Slurm's own USR2 before a limit of one minute. The tasks stand still until it has come: no machine is too fast
+    """Slurm's own USR2 before a limit of two minutes. The tasks stand still until it has come: no machine is too fast
     for it, and Slurm, which counts in minutes, may send it at any second.
     """
-    job = Job(lab, folder / "run", hours=1 / 60, delay=20)
+    job = Job(lab, folder / "run", hours=2 / 60, delay=30)
     job.until_step(10)
-    assert "TimeLimit=00:01:00" in lab.say("scontrol", "show", "job", job.id)
+    assert "TimeLimit=00:02:00" in lab.say("scontrol", "show", "job", job.id)
     held = tasks(job)
     send(held, signal.SIGSTOP)
     try:
-        wait_until(lambda: job.note().get("restarts", 0) >= 1 or all(map(is_told, held)), 90, "no signal came")
+        wait_until(lambda: job.note().get("restarts", 0) >= 1 or all(map(is_told, held)), 150, "no signal came")
     finally:
         send(held, signal.SIGCONT)
     job.until_done()
@@ -247,13 +247,13 @@ def tasks(job: Job) -> list[int]:
 
 
 FAULTS: dict[str, Callable[[Lab, Path, str], None]] = {
+    "signal_twice": signal_twice,
     "time_limit": time_limit,
     "preemption": preemption,
     "requeue": requeue,
     "term": term,
     "node_down": node_down,
     "signal_in_import": signal_in_import,
-    "signal_twice": signal_twice,
     "signal_in_save": signal_in_save,
 }
 

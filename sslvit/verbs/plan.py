@@ -82,7 +82,7 @@ class Estimate:
     @property
     def state_gib(self) -> float:
         """Weights, gradients, moments, teacher."""
-        shards = self.hardware.tasks if getattr(self.config, "sharded", False) else 1
+        shards = self.hardware.tasks if self.config.sharded else 1
         return self.cost.state_bytes(self.bf16, shards) / GIB
 
     def activation_gib(self, micro: int | None = None) -> float:

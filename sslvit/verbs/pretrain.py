@@ -69,6 +69,8 @@ def _run(config: PretrainConfig, folder: RunFolder, device: torch.device) -> Non
     folder.write_resolved(resolved, reasons)
     preprocessing = _preprocessing(resolved, source, folder)
     module = build(resolved, preprocessing).to(device)
+    if resolved.sharded:
+        distributed.shard(module, bf16=resolved.precision == "bf16")
     loader = _loader(resolved, source, bad_files, device)
     optim = resolved.optim
     groups = param_groups(module, optim.weight_decay, layer_decay=optim.layer_decay, encoder_prefix="student.")
@@ -92,7 +94,7 @@ def _run(config: PretrainConfig, folder: RunFolder, device: torch.device) -> Non
             meta={"encoder": as_dict(resolved.encoder), "preprocessing": as_dict(preprocessing)},
             metrics=MetricsLog(folder.path),
             stop=stop,
-            periodic=None if monitor is None else lambda step: monitor(module.judged, step),
+            periodic=None if monitor is None else lambda step: _judge(monitor, module, step),
             periodic_every=_required(resolved.knn.every),
             best="knn/top1",
         )
@@ -229,6 +231,11 @@ def _monitor(config: PretrainConfig, source: Source, preprocessing: Preprocessin
         num_images=config.knn.num_images,
         num_workers=config.num_workers,
     )
+
+
+def _judge(monitor: KnnMonitor, module: Pretraining, step: int) -> dict[str, float]:
+    with distributed.whole(module):
+        return monitor(module.judged, step)
 
 
 def _required(value: Any) -> Any:
