@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from toy_run import Stream, Toy, digest, run
 
 from sslvit import checkpoint, distributed, training
@@ -76,6 +77,32 @@ def accumulated(folder: Path) -> list[float]:
     module = Toy(dropout=0.0)
     run(folder, module=module, size=4 // distributed.world_size(), accumulate=2)
     return state_sum(module)
+
+
+def sharded(folder: Path) -> list[float]:
+    """FSDP2: the same weights as without, resumed from whole tensors bit for bit; each process keeps its share."""
+    size = 8 // distributed.world_size()
+    module, stop = Toy(dropout=0.0), StopFlag()
+    distributed.shard(module, bf16=False)
+    run(folder / "whole", module=module, size=size)
+    held = sum(distributed.unsharded(parameter).numel() for parameter in module.parameters())
+    assert held <= 0.6 * sum(parameter.numel() for parameter in module.parameters()), held
+    cut = OnOneRank(stop, stop_at=6)
+    distributed.shard(cut, bf16=False)
+    try:
+        run(folder / "cut", module=cut, size=size, stop=stop)
+    except Resumable:
+        pass
+    else:
+        raise AssertionError("not stopped")
+    again = Toy(dropout=0.0)
+    distributed.shard(again, bf16=False)
+    run(folder / "cut", module=again, size=size)
+    with distributed.whole(again):
+        assert not any(isinstance(parameter, DTensor) for parameter in again.parameters())
+    first, second = ([distributed.full(value) for value in m.state_dict().values()] for m in (module, again))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    return torch.cat([value.double().flatten() for value in first]).tolist()
 
 
 def random_draws_differ(folder: Path) -> None:
@@ -225,6 +252,7 @@ CHECKS = (
     collectives,
     plain,
     accumulated,
+    sharded,
     random_draws_differ,
     stopped_and_resumed,
     bad_on_one_rank,

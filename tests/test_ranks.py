@@ -50,7 +50,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     return folder, json.loads((folder / "results.json").read_text())
 
 
-@pytest.mark.parametrize("name", ["plain", "accumulated"])
+@pytest.mark.parametrize("name", ["plain", "accumulated", "sharded"])
 def test_two_processes_are_one_at_the_same_global_batch(
     tmp_path: Path, together: tuple[Path, dict[str, Any]], name: str
 ) -> None:
