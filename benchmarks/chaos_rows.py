@@ -645,6 +645,7 @@ def hold(out: Path, folder: Path, name: str) -> int:
 
 SOAK_SECONDS = 1800
 FAULT_SECONDS = 20.0
+SOAK_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR2)  # before training begins all of them end it at once
 
 
 def soak(case: int, folder: Path) -> None:
@@ -656,7 +657,7 @@ def soak(case: int, folder: Path) -> None:
     assert whole(pretrain_words(folder / "trial", 60, 20), folder / "log") == EXIT_DONE
     steps = max(60, int(60 / (time.monotonic() - began) * seconds * 0.7))
     words = pretrain_words(out, steps, max(10, steps // 200))
-    sizes, number = [], 0
+    sizes = []
     deadline = time.monotonic() + 4 * seconds
     while True:
         assert time.monotonic() < deadline, "it does not come to an end"
@@ -666,10 +667,12 @@ def soak(case: int, folder: Path) -> None:
             time.sleep(0.05)
         if not ended(pid):
             sizes.append(footprint(pid, out))
-            number = rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGUSR2])
-            os.kill(pid, number)
+            os.kill(pid, rng.choice(SOAK_SIGNALS))
         code = wait(pid)
-        assert code in (EXIT_DONE, EXIT_RESUMABLE, -signal.SIGKILL), (code, (folder / "log").read_text()[-2000:])
+        assert code in (EXIT_DONE, EXIT_RESUMABLE, *(-number for number in SOAK_SIGNALS)), (
+            code,
+            (folder / "log").read_text()[-2000:],
+        )
         if code == EXIT_DONE:
             break
     assert whole(pretrain_words(folder / "calm", steps, max(10, steps // 200)), folder / "log", None, 4 * seconds) == 0

@@ -18,11 +18,9 @@ from pathlib import Path
 
 import torch
 import torch._dynamo
-import torch.utils.tensorboard  # noqa: F401  what a run imports late is imported once, here
+import torch.utils.tensorboard
 from tiny_vlm import settings as align_settings
 
-import sslvit.verbs.align
-import sslvit.verbs.pretrain
 from sslvit.cli import main as cli
 from sslvit.data.loader import Loader
 from sslvit.exports import formats

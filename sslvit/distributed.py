@@ -33,12 +33,12 @@ __all__ = [
     "barrier",
     "broadcast_object",
     "choose_device",
+    "full",
     "init",
     "is_main",
     "joined",
     "local_rank",
     "native_bf16",
-    "full",
     "rank",
     "shard",
     "shard_like",
@@ -156,7 +156,7 @@ def _lost() -> str:
 
 
 def _check_shared_memory(processes: int) -> None:
-    """Processes of one machine talk through /dev/shm (NCCL); a container's default of 64 MiB may end them without words."""
+    """Processes of one machine talk through /dev/shm (NCCL); a container's 64 MiB may end them without words."""
     place = Path("/dev/shm")
     needed = SHARED_MEMORY * processes
     if processes > 1 and place.is_dir() and (free := shutil.disk_usage(place).free) < needed:
@@ -272,7 +272,7 @@ def shard(module: nn.Module, bf16: bool) -> None:
 
 @contextlib.contextmanager
 def whole(module: nn.Module) -> Iterator[None]:
-    """Within it the module's weights are there in full, for an evaluation; nothing happens to one that is not shared."""
+    """Within it the module's weights are there in full, for an evaluation; one that is not shared stays as it is."""
     from torch.distributed.fsdp import FSDPModule
 
     if not isinstance(module, FSDPModule):
@@ -286,7 +286,7 @@ def whole(module: nn.Module) -> Iterator[None]:
 
 
 def unsharded(tensor: Tensor) -> Tensor:
-    """This process's part of a shared tensor, as a plain one; any other tensor as it is."""
+    """The part of a shared tensor that this process holds, as a plain one; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

@@ -1,6 +1,4 @@
-"""Eight interruptions of a job of two tasks on a real Slurm of two nodes (`make test-slurm`): it ends unattended with the
-bytes of an uninterrupted one.
-"""
+"""Eight interruptions of a job on a real Slurm of two nodes (`make test-slurm`): it ends unattended, with equal bytes."""
 
 import os
 from pathlib import Path

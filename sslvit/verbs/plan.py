@@ -127,7 +127,9 @@ def _look(spec: str, channels: int | None, device: str) -> tuple[DataFacts, str]
     try:
         source = open_source(spec)
     except (InputError, OSError, ImportError):
-        return DataFacts(IMAGENET.num_images, IMAGENET.side, channels or 3, device), "data not seen from here: ImageNet's"
+        return DataFacts(
+            IMAGENET.num_images, IMAGENET.side, channels or 3, device
+        ), "data not seen from here: ImageNet's"
     sides, counts = [], []
     for index in range(0, len(source), max(1, len(source) // NUM_PROBED)):
         try:

@@ -343,7 +343,7 @@ def _slurm_executor(folder: Path, settings: LaunchConfig, plans: Sequence[Plan],
 
 @functools.cache
 def _patient_python() -> str:
-    """This Python, started with TERM and USR2 held back until the job can answer them: imports take seconds."""
+    """The running Python, started with TERM and USR2 held back until the job can answer them: imports take seconds."""
     hold = "env --block-signal=USR2 --block-signal=TERM"
     known = subprocess.run([*hold.split(), "true"], capture_output=True, check=False).returncode == 0
     python = shlex.quote(sys.executable)

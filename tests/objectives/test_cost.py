@@ -115,7 +115,11 @@ def test_sizes_are_timm_s(name):
     with torch.device("meta"):
         model = timm.create_model(f"vit_{name}_patch{patch}_224", depth=1)
     dim, _, heads, hidden = SIZES[name]
-    assert (model.embed_dim, model.blocks[0].attn.num_heads, model.blocks[0].mlp.fc1.out_features) == (dim, heads, hidden)
+    assert (model.embed_dim, model.blocks[0].attn.num_heads, model.blocks[0].mlp.fc1.out_features) == (
+        dim,
+        heads,
+        hidden,
+    )
 
 
 def test_unknown_encoders_have_no_plan():

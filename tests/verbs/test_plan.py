@@ -44,7 +44,7 @@ def test_what_cannot_fit_is_refused_with_a_remedy_that_fits():
         refuse_what_cannot_fit(plan("encoder.embed_dim=4096", "encoder.num_heads=64", "encoder.depth=80", gpu="t4"))
     with pytest.raises(InputError, match="set mem_gb: "):
         refuse_what_cannot_fit(plan("batch_size=256", mem_gb=16))
-    with pytest.raises(InputError, match="not divisible by 8 processes.*take batch_size=16"):
+    with pytest.raises(InputError, match=r"not divisible by 8 processes.*take batch_size=16"):
         plan("batch_size=9")
 
 
@@ -56,8 +56,16 @@ def test_state_is_sixteen_bytes_a_parameter_and_four_of_the_teacher():
 
 @pytest.mark.parametrize(
     ("text", "name"),
-    [("h100", "h100"), ("gpu_a100_40gb", "a100-40gb"), ("a100", "a100"), ("[h200&ib]", "h200"), ("zen4", None)]
-    + [(None, None), ("l40s", "l40s"), ("ml4", None)],
+    [
+        ("h100", "h100"),
+        ("gpu_a100_40gb", "a100-40gb"),
+        ("a100", "a100"),
+        ("[h200&ib]", "h200"),
+        ("zen4", None),
+        (None, None),
+        ("l40s", "l40s"),
+        ("ml4", None),
+    ],
 )
 def test_constraints_name_gpus(text, name):
     assert gpu_named(text) == name
@@ -74,7 +82,7 @@ def test_submit_refuses_before_anything_is_queued(tmp_path, capsys, monkeypatch)
             submit(words, launch="l.yaml", dry_run=dry_run)
     assert "# plan: vit_base_patch16_224" in capsys.readouterr().out and not (tmp_path / "runs").exists()
     (tmp_path / "l.yaml").write_text("cluster: slurm\ngpu: abacus\n")
-    with pytest.raises(InputError, match="abacus.*h100"):
+    with pytest.raises(InputError, match=r"abacus.*h100"):
         submit(words, launch="l.yaml", dry_run=True)
 
 

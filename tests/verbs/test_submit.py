@@ -573,8 +573,15 @@ def batch(slurm, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("state", "again"),
-    [("running", True), ("requeued", True), ("lost", True), ("done", False), ("failed", False)]
-    + [("stopped", False), ("wrong input", False)],
+    [
+        ("running", True),
+        ("requeued", True),
+        ("lost", True),
+        ("done", False),
+        ("failed", False),
+        ("stopped", False),
+        ("wrong input", False),
+    ],
 )
 def test_a_job_without_a_last_word_is_queued_again(batch, state, again):
     assert batch(code=137, state=state) is again
