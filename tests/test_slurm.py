@@ -1,4 +1,4 @@
-"""Eight interruptions of a job on a real Slurm of two nodes (`make test-slurm`): it ends unattended, with equal bytes."""
+"""Eight interruptions of a job on a real Slurm of two nodes (`make test-slurm`): it ends unattended, bytes equal."""
 
 import os
 from pathlib import Path

@@ -85,9 +85,9 @@ def cost(config: PretrainConfig) -> Cost | None:
     if size is None:
         return None
     runs = runs_of(config, size)
-    heads = [config.dino, config.ibot]
-    head_parameters = sum(_head_parameters(head, size.dim) for head in heads if head is not None)
-    followed = any(head is not None for head in heads)
+    followed = config.dino is not None or config.ibot is not None
+    own = None if config.ibot is not None and config.ibot.shared_head else config.ibot
+    head_parameters = sum(_head_parameters(head, size.dim) for head in (config.dino, own) if head is not None)
     encoder = _encoder_parameters(size, _required(config.encoder.image_size))
     decoder, decoder_cast = _decoder_parameters(config, size)
     mask_token = size.dim if config.ibot is not None else 0
@@ -127,13 +127,14 @@ def runs_of(config: PretrainConfig, size: Size) -> list[Run]:
     every, local = config.crops.num_global, config.crops.num_local or 0
     full = size.patches(_required(config.encoder.image_size))
     dino, ibot, mae = config.dino, config.ibot, config.mae
-    views = every if ibot is not None else min(dino.num_teacher_views, every) if dino is not None else 0
+    views = every if ibot is not None else min(_required(dino.num_teacher_views), every) if dino is not None else 0
     runs = [Run(True, views, full, ibot is not None)] if views else []
     seen: dict[int, tuple[int, bool]] = {}  # patches the student sees of a global view -> (views, read in full)
     if ibot is not None:
         seen[full] = (every, True)
     elif dino is not None:
-        visible = _num_visible(full, 1 - dino.student_visible_ratio) if dino.student_visible_ratio < 1 else full
+        ratio = dino.student_visible_ratio if dino.student_visible_ratio is not None else 1.0
+        visible = _num_visible(full, 1 - ratio) if ratio < 1 else full
         seen[visible] = (_student_views(dino, every), False)
     if mae is not None:
         visible = _num_visible(full, mae.mask_ratio)
@@ -155,7 +156,7 @@ def _num_visible(num_patches: int, mask_ratio: float) -> int:
 
 def _student_views(dino: DinoConfig, every: int) -> int:
     """Global views that some other view faces (dino.py)."""
-    return every if min(dino.num_teacher_views, every) > 1 else every - 1
+    return every if min(_required(dino.num_teacher_views), every) > 1 else every - 1
 
 
 def _student_tokens(config: PretrainConfig) -> int:
@@ -165,13 +166,19 @@ def _student_tokens(config: PretrainConfig) -> int:
 
 
 def _teacher_tokens(config: PretrainConfig) -> int:
-    return 0 if config.dino is None else min(config.dino.num_teacher_views, config.crops.num_global)
+    return 0 if config.dino is None else min(_required(config.dino.num_teacher_views), config.crops.num_global)
 
 
 def _masked_tokens(config: PretrainConfig, ibot: IbotConfig, size: Size) -> float:
     """Masked patches of one image, on average."""
     patches = size.patches(_required(config.encoder.image_size)) * config.crops.num_global
     return patches * ibot.mask_prob * (ibot.mask_ratio_min + ibot.mask_ratio_max) / 2
+
+
+def _patch_head(config: PretrainConfig) -> DinoConfig | IbotConfig:
+    """The head that masked patches go through."""
+    assert config.ibot is not None
+    return config.dino if config.ibot.shared_head and config.dino is not None else config.ibot
 
 
 # ---- parameters -----------------------------------------------------------------------------------------------------
@@ -185,7 +192,7 @@ def _encoder_parameters(size: Size, side: int) -> int:
 
 
 def _head_parameters(head: DinoConfig | IbotConfig, dim: int) -> int:
-    wide, narrow = head.head_hidden_dim, head.head_bottleneck_dim
+    wide, narrow = _required(head.head_hidden_dim), _required(head.head_bottleneck_dim)
     layers = dim * wide + wide + wide**2 + wide + wide * narrow + narrow
     return layers + _required(head.num_prototypes) * narrow
 
@@ -220,7 +227,7 @@ def _objective_flops(config: PretrainConfig, size: Size) -> float:
     if config.dino is not None:
         total += _head_flops(config.dino, size.dim) * (3 * _student_tokens(config) + _teacher_tokens(config))
     if config.ibot is not None:
-        total += _head_flops(config.ibot, size.dim) * 4 * _masked_tokens(config, config.ibot, size)
+        total += _head_flops(_patch_head(config), size.dim) * 4 * _masked_tokens(config, config.ibot, size)
     if config.mae is not None:
         dim, depth = _required(config.mae.decoder_dim), _required(config.mae.decoder_depth)
         full = size.patches(_required(config.encoder.image_size))
@@ -233,7 +240,7 @@ def _objective_flops(config: PretrainConfig, size: Size) -> float:
 
 
 def _head_flops(head: DinoConfig | IbotConfig, dim: int) -> int:
-    wide, narrow = head.head_hidden_dim, head.head_bottleneck_dim
+    wide, narrow = _required(head.head_hidden_dim), _required(head.head_bottleneck_dim)
     return 2 * (dim * wide + wide**2 + wide * narrow + narrow * _required(head.num_prototypes))
 
 
@@ -277,7 +284,7 @@ def _objective_bytes(config: PretrainConfig, size: Size, unit: int) -> float:
     if config.ibot is not None:
         tokens_masked = _masked_tokens(config, config.ibot, size)
         prototypes = _required(config.ibot.num_prototypes)
-        total += tokens_masked * (_head_bytes(config.ibot, size.dim, unit) + 8 * prototypes)
+        total += tokens_masked * (_head_bytes(_patch_head(config), size.dim, unit) + 8 * prototypes)
     if config.mae is not None:
         dim, depth = _required(config.mae.decoder_dim), _required(config.mae.decoder_depth)
         full = size.patches(_required(config.encoder.image_size))
@@ -291,7 +298,7 @@ def _objective_bytes(config: PretrainConfig, size: Size, unit: int) -> float:
 
 def _head_bytes(head: DinoConfig | IbotConfig, dim: int, unit: int) -> int:
     """Of one token, without its logits."""
-    return unit * (dim + 4 * head.head_hidden_dim + 3 * head.head_bottleneck_dim)
+    return unit * (dim + 4 * _required(head.head_hidden_dim) + 3 * _required(head.head_bottleneck_dim))
 
 
 def _pixels(config: PretrainConfig) -> int:

@@ -55,7 +55,7 @@ SOURCES = {
 }
 #: Shares of the run, also shown in steps.
 _SHARES = ("optim.warmup", "teacher_temperature_warmup", "freeze_last_layer")
-_NO_RECIPE = ("data", "val_data", "device", "num_workers", "overwrite")
+_NO_RECIPE = ("data", "val_data", "device", "num_workers", "overwrite", "sharded")
 
 
 def explain(given: PretrainConfig, resolved: PretrainConfig, reasons: Mapping[str, str]) -> list[str]:

@@ -154,7 +154,8 @@ def describe_plan(plan: Estimate) -> str:
         f"#   parameters   {found.encoder / 1e6:,.1f} M encoder, {found.student / 1e6:,.1f} M trained, "
         f"{found.teacher / 1e6:,.1f} M teacher",
         f"#   memory       {plan.gib():.1f} GiB a process: {plan.state_gib:.2f} weights, gradients, moments, teacher; "
-        f"{plan.activation_gib():.2f} activations of {plan.micro} images ({config.precision}); {plan.fixed_gib:.1f} CUDA",
+        f"{plan.activation_gib():.2f} activations of {plan.micro} images ({config.precision}); "
+        f"{plan.fixed_gib:.1f} CUDA",
         f"#   compute      {found.flops_per_image / 1e9:,.1f} GFLOP an image, {plan.flops:.2e} FLOP in all",
     ]
     if plan.hours is not None:

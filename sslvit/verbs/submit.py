@@ -345,7 +345,10 @@ def _slurm_executor(folder: Path, settings: LaunchConfig, plans: Sequence[Plan],
 def _patient_python() -> str:
     """The running Python, started with TERM and USR2 held back until the job can answer them: imports take seconds."""
     hold = "env --block-signal=USR2 --block-signal=TERM"
-    known = subprocess.run([*hold.split(), "true"], capture_output=True, check=False).returncode == 0
+    try:
+        known = subprocess.run([*hold.split(), "true"], capture_output=True, check=False).returncode == 0
+    except OSError:
+        known = False
     python = shlex.quote(sys.executable)
     return f"{hold} {python}" if known else python  # coreutils before 8.31 cannot
 

@@ -27,6 +27,7 @@ CASES = {
         "mae": MAE,
     },
     "dino, ibot, koleo": {"dino": DINO, "ibot": IBOT, "koleo": KoleoConfig()},
+    "shared head": {"dino": DINO, "ibot": dataclasses.replace(IBOT, shared_head=True)},
     "second form": {"dino": DINO, "mae": MAE},
 }
 
@@ -47,7 +48,6 @@ def batch_of(config):
     def make(count, size):
         return torch.randint(0, 256, (count, batch, 3, size, size), dtype=torch.uint8)
 
-    rows = [torch.zeros(count, batch, 20) for count in (crops.num_global, crops.num_local)]
     from sslvit.data.photometry import NUM_PARAMETERS
 
     rows = [torch.zeros(count, batch, NUM_PARAMETERS) for count in (crops.num_global, crops.num_local)]
