@@ -36,7 +36,7 @@ def leaves(section, prefix=""):
 def test_every_value_in_force_has_a_why():
     all_on = {"dino": DinoConfig(), "ibot": IbotConfig(), "koleo": KoleoConfig(), "mae": MaeConfig()}
     resolved, reasons, rows = lines(**all_on)
-    assert set(rows) == set(leaves(resolved)) - {"data", "val_data", "device", "num_workers", "overwrite"}
+    assert set(rows) == set(leaves(resolved)) - {"data", "val_data", "device", "num_workers", "overwrite", "sharded"}
     for key, row in rows.items():
         assert ("  auto: " in row) == (key in reasons), key
         if key.split(".")[0] in SETTINGS:
