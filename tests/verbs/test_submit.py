@@ -345,10 +345,10 @@ def test_cancel_stops_and_is_not_restarted(stand_in):
 
 def test_a_time_limit_requeues_all_tasks(stand_in, tmp_path):
     """Two tasks, told by USR2 before the limit: rank 0 has the job queued again, both go on."""
-    (tmp_path / "l.yaml").write_text("cluster: local\ntasks_per_node: 2\nhours: 0.05\nsignal_delay_s: 177\n")
-    (state,) = submit(pretrain_words(stand_in, 70), launch=str(tmp_path / "l.yaml"), wait=True)
+    (tmp_path / "l.yaml").write_text("cluster: local\ntasks_per_node: 2\nhours: 0.05\nsignal_delay_s: 170\n")
+    (state,) = submit(pretrain_words(stand_in, 240), launch=str(tmp_path / "l.yaml"), wait=True)
     assert state["state"] == "done" and note_of(stand_in)["restarts"] >= 1
-    assert steps_of(stand_in) == list(range(1, 71))
+    assert steps_of(stand_in) == list(range(1, 241))
     outputs = sorted((stand_in / "jobs").glob("*_log.out"))
     assert len(outputs) == 2
     for rank, file in enumerate(outputs):
