@@ -36,7 +36,7 @@ TINY = {
 @pytest.fixture(autouse=True)
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exports are verified here, not in a fresh process: test_exports.py has that."""
-    monkeypatch.setattr(verify, "_run_process", reopen.main)
+    monkeypatch.setattr(verify, "_run_process", lambda job, python: reopen.main(job))
 
 
 def saved(image: Image.Image, form: str) -> bytes:

@@ -39,7 +39,7 @@ RUN = {
 @pytest.fixture(autouse=True)
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exports are verified here, not in a fresh process: test_exports.py has that."""
-    monkeypatch.setattr(verify, "_run_process", reopen.main)
+    monkeypatch.setattr(verify, "_run_process", lambda job, python: reopen.main(job))
 
 
 def write_vit(folder: Path, name: str = "vit_tiny_patch16_224", seed: int = 1, **options: object) -> torch.nn.Module:

@@ -148,7 +148,7 @@ def test_every_format_is_a_start_for_pretraining(form: str, tmp_path: Path) -> N
     for name in (name for name in possible_formats(loaded)[0] if name != "onnx"):
         (tmp_path / name).mkdir()
         write_folder(loaded, name, tmp_path / name)
-        started, report = init_encoder(str(tmp_path / name), loaded.config)
+        started, report = init_encoder(load_encoder(str(tmp_path / name)), loaded.config)
         difference = started.eval().forward_features(x) - loaded.module.forward_features(x)
         assert not report.missing and not report.unexpected and difference.abs().max() < 1e-5, name
 
