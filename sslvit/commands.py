@@ -42,6 +42,7 @@ EXTRAS = {
     "onnxscript": "onnx",
     "onnxruntime": "onnx",
     "open_clip": "openclip",
+    "fsspec": "remote",
 }
 
 

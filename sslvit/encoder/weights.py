@@ -227,12 +227,12 @@ def _from_folder(path: Path, options: dict[str, Any], spec: str) -> LoadedEncode
         return _from_run(path, None, spec)
     if (path / "manifest.json").is_file() and (path / "meta.json").is_file():
         return _from_checkpoint(path, spec)
+    config = _read_json(path / "config.json") if (path / "config.json").is_file() else None
+    if config is not None and "architecture" in config:  # a tower on the hub is often both
+        return _from_timm_folder(path, config, spec)
     if (path / _OPEN_CLIP_CONFIG).is_file():
         return _from_open_clip_folder(path, options, spec)
-    if (path / "config.json").is_file():
-        config = _read_json(path / "config.json")
-        if "architecture" in config:
-            return _from_timm_folder(path, config, spec)
+    if config is not None:
         return _from_hf_folder(path, config, options, spec)
     if (path / WEIGHTS_FILE).is_file():
         return _from_file(path / WEIGHTS_FILE, options, spec)
