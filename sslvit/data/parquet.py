@@ -49,7 +49,7 @@ class ParquetSource:
         ]
         sizes = [self._metadata[file].row_group(group).num_rows for file, group in self._groups]
         self._group_ends = np.cumsum(sizes, dtype=np.int64)
-        self._kept = Kept(self._limit())
+        self._kept: Kept[Any] = Kept(self._limit())
         self._handles = threading.local()
         if not len(self):
             raise InputError(f"no rows in the Parquet files of {pattern!r}")

@@ -121,7 +121,9 @@ def _front_matter(loaded: LoadedEncoder, name: str, facts: Mapping[str, Any]) ->
 
 def _what(loaded: LoadedEncoder, facts: Mapping[str, Any]) -> str:
     config = loaded.config
-    tokens = ["a class token"] * config.class_token + [f"{config.num_registers} registers"] * bool(config.num_registers)
+    tokens = ["a class token"] * bool(config.class_token) + [f"{config.num_registers} registers"] * bool(
+        config.num_registers
+    )
     prefix = " and ".join(tokens)
     lines = [
         f"A vision transformer: {config.depth} blocks of width {config.embed_dim} with {config.num_heads} heads, "

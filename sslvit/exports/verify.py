@@ -97,7 +97,7 @@ def reopened(
     A group is an encoder's inputs with the folders that were made of it. The process sees no network.
     """
     with tempfile.TemporaryDirectory() as work:
-        jobs = []
+        jobs: list[dict[str, Any]] = []
         for number, (inputs, checks) in enumerate(groups):
             native, other, _ = inputs
             save_file(dict(inputs), f"{work}/{number}.inputs.safetensors")

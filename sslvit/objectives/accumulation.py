@@ -68,13 +68,13 @@ def sinkhorn_columns(chunks: Callable[[], Iterable[Tensor]], temperature: float,
     largest = distributed.all_reduce_max_(largest)
     scaling: Tensor | None = None
     for _ in range(num_iterations):
-        columns = 0
+        columns: Tensor | None = None
         for logits in chunks():
             scores = torch.exp((logits.float() - largest) / temperature)
             if scaling is not None:
                 scores = scores / (scores @ scaling).clamp_min(1e-30)[:, None]
-            columns = columns + scores.sum(0)
-        assert isinstance(columns, Tensor)
+            columns = scores.sum(0) if columns is None else columns + scores.sum(0)
+        assert columns is not None
         scaling = 1 / distributed.all_reduce_sum_(columns).clamp_min(1e-30)
     assert scaling is not None
     return scaling.log()

@@ -117,7 +117,7 @@ def size_of(config: PretrainConfig) -> Size | None:
         hidden=int(dim * known[3] / known[0]),
         patch=_required(encoder.patch_size),
         channels=_required(encoder.in_chans),
-        prefix=int(encoder.class_token) + _required(encoder.num_registers),
+        prefix=int(bool(encoder.class_token)) + _required(encoder.num_registers),
         scaled=encoder.init_values != 0,
     )
 
