@@ -30,8 +30,8 @@ MOMENTS = [
     "evaluate/cells/*",
     "stages/text/checkpoints/step_0000016",
     "stages/connector/checkpoints/step_0000008",
-    "controls/random_encoder/stages/instruct/checkpoints/step_0000012",  # trained beside the model
-    "stages/instruct/checkpoints/step_0000036",
+    "stages/instruct/checkpoints/step_0000012",
+    "controls/random_encoder/stages/instruct/checkpoints/step_*",  # trained beside the model, a little behind it
     "controls/blind/stages/instruct/checkpoints/step_0000024",
     "controls/frozen/stages/connector/checkpoints/step_0000008",
     "asked/questions.jsonl",
