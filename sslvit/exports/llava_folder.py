@@ -161,6 +161,9 @@ def _write_tokenizer(folder: Path, writing: Writing) -> None:
     config["padding_side"] = "left"
     config["model_input_names"] = ["input_ids", "attention_mask"]  # 4.57 adds token_type_ids, which LLaVA refuses
     config["processor_class"] = "LlavaProcessor"
+    splits = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")).get("pre_tokenizer") or {}
+    if "add_prefix_space" in splits:  # 4.57 overrides it, with false unless this file says otherwise
+        config["add_prefix_space"] = splits["add_prefix_space"]
     for name in ("name_or_path", "backend", "is_local", "local_files_only", "chat_template"):
         config.pop(name, None)
     write_json(file, config)

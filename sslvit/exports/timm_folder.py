@@ -49,7 +49,8 @@ def timm_config(loaded: LoadedEncoder) -> dict[str, Any]:
             "std": list(preprocessing.std),
             "num_classes": 0,
             "pool_size": None,
-            "first_conv": "patch_embed.proj",
+            # timm 1.0.20 takes named weights for RGB ones and adapts them once more
+            "first_conv": "patch_embed.proj" if preprocessing.channels == 3 else None,
             "classifier": "head",
             **({"license": loaded.license} if loaded.license else {}),
         },

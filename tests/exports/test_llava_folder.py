@@ -232,3 +232,11 @@ def test_weights_are_fp32(run):
     from safetensors.torch import load_file
 
     assert {tensor.dtype for tensor in load_file(run / "vlm" / "model.safetensors").values()} == {torch.float32}
+
+
+def test_the_folder_says_how_its_first_word_is_split(tmp_path_factory):
+    """transformers 4.57 gives a byte-level tokenizer `add_prefix_space` of this file, false where it is not there."""
+    folder = tiny_run(session_root(tmp_path_factory)) / "vlm"
+    splits = json.loads((folder / "tokenizer.json").read_text())["pre_tokenizer"]
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    assert splits["type"] == "ByteLevel" and config["add_prefix_space"] == splits["add_prefix_space"]
