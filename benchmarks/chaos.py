@@ -54,11 +54,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     counts = {row.name: _count(row, options) for row in chosen}
     chaos_rows.PLANNED.update(counts)
-    table = [(row, *_run_row(row, counts[row.name], options.output_dir)) for row in chosen]
-    print("\n" + markdown(table))
+    place = options.output_dir / ("quick" if options.quick else "full")  # a short soak is no long one
+    table = [(row, *_run_row(row, counts[row.name], place)) for row in chosen]
+    print(f"\n{'shortened by --quick' if options.quick else ''}\n{markdown(table)}")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(json_rows(table), indent=1) + "\n")
+        options.json.write_text(json.dumps(json_rows(table, options.quick), indent=1) + "\n")
     return 0 if all(why or all(found["passed"] for found in cells) for _, why, cells in table) else 1
 
 
@@ -154,11 +155,14 @@ def markdown(table: list[tuple[Row, str | None, list[dict]]]) -> str:
     return "\n".join(lines)
 
 
-def json_rows(table: list[tuple[Row, str | None, list[dict]]]) -> list[dict]:
+def json_rows(table: list[tuple[Row, str | None, list[dict]]], quick: bool = False) -> list[dict]:
     """`chaos/ROW/{cases,passed}`; a row that was skipped says why and has no value."""
     rows = []
     for row, why, cells in table:
-        common = {"ci95": None, "protocol": row.words if why is None else f"skipped: {why}", "data": "", "seed": 0}
+        protocol = (
+            f"skipped: {why}" if why is not None else f"{row.words} (shortened by --quick)" if quick else row.words
+        )
+        common = {"ci95": None, "protocol": protocol, "data": "", "seed": 0}
         values = (len(cells), sum(cell["passed"] for cell in cells)) if why is None else (None, None)
         for name, value in zip(("cases", "passed"), values, strict=True):
             rows.append({"name": f"chaos/{row.name}/{name}", "value": value, **common, "step": None})
