@@ -19,7 +19,7 @@ from timm.layers.patch_embed import PatchEmbed
 from timm.models.eva import Eva
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import embedding, linear
 from torch.utils.checkpoint import checkpoint
 
 from sslvit.encoder.attention import (
@@ -329,7 +329,8 @@ def _embed(encoder: Encoder, item: TokenInput) -> tuple[Tensor, Tensor | None]:
         mask = item.mask if item.keep is None else item.mask.gather(1, item.keep)
         x = torch.where(mask.unsqueeze(-1), item.mask_token.to(x.dtype), x)
     if positions is not None:
-        x = x + (positions if item.keep is None else positions[0][item.keep])
+        # A lookup: the backward pass of positions[0][keep] adds with atomics, in another order each time.
+        x = x + (positions if item.keep is None else embedding(item.keep, positions[0]))
     x = torch.cat([*_prefix(encoder, prefix_positions, len(x)), x], dim=1)
     if rope is not None and item.keep is not None:
         rope = _keep_rope(rope, item.keep)

@@ -129,6 +129,23 @@ def test_visible_subset_equals_gathering_after_pos_embed(options: str) -> None:
 
 
 @torch.no_grad()
+def test_gradients_of_positions_are_the_same_every_time_with_several_threads() -> None:
+    """Exact resume needs it; `positions[keep]` in place of a lookup fails here."""
+    encoder = timm.create_model("vit_tiny_patch16_224", num_classes=0, **TINY)
+    images, keep = torch.randn(256, 3, 32, 32), torch.rand(256, 16).argsort(1)[:, :8]
+    threads, sums = torch.get_num_threads(), set()
+    torch.set_num_threads(2)
+    try:
+        for _ in range(6):
+            encoder.zero_grad()
+            with torch.enable_grad():
+                forward_tokens(encoder, images, keep=keep).patches.square().sum().backward()
+            sums.add(encoder.pos_embed.grad.numpy().tobytes())
+    finally:
+        torch.set_num_threads(threads)
+    assert len(sums) == 1
+
+
 def test_mask_token_replaces_masked_patches_before_positions() -> None:
     encoder, images, token = tiny(**OPTIONS["ours"]), pictures(32, 32), torch.randn(1, 1, 48, dtype=torch.float64)
     mask = torch.rand(2, 16, generator=torch.Generator().manual_seed(3)) < 0.5
