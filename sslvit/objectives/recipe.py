@@ -150,7 +150,7 @@ def _resolve_precision(resolver: _Resolver, facts: DataFacts) -> None:
     else:
         resolver.fill("precision", "fp32", f"this {facts.device} only emulates bf16")
     if resolver.config.sharded:
-        resolver.fill("compile", False, "weights that are shared out are gathered outside of the blocks")
+        resolver.fill("compile", False, "not tried with sharded=true")
     elif facts.compiles:
         resolver.fill("compile", True, f"a {facts.device} device and a compiler are here")
     elif facts.device == "cuda":

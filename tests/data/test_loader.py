@@ -428,6 +428,8 @@ def test_the_range_is_measured_per_band_over_the_set():
     np.testing.assert_allclose(std, 12**-0.5, atol=0.02)
     views, _ = take(make(source, channels=2, value_range=(low, high)), 1)[0]
     assert views.global_crops.max() > 240 and take(make(source, channels=2), 1)[0][0].global_crops.max() < 20
+
+
 @pytest.mark.parametrize(
     ("seconds", "num_workers", "words"),
     [
