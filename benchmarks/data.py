@@ -4,8 +4,7 @@
 
 Works: `jpeg` makes 2 x 224 + 8 x 96 views of 500 x 375 JPEGs, decoding included; `tiny` makes 2 x 32 + 4 x 16 views of
 32 x 32 images in memory. All variants run round-robin in one process on one thread, timed by the processor time they
-take. A timing counts when a matrix product before and after it both reached 72% of the best seen; the ratio is that of
-medians.
+take (rounds.py); the ratio is that of medians.
 Rows: `data/WORK/VARIANT/images_per_second` and `data/WORK/{geometry,full}/ratio` over DINO's, above 1 is faster.
 """
 
@@ -21,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageFilter, ImageOps
+from rounds import Probe, measure
 from torchvision import transforms as v1
 from torchvision.transforms import InterpolationMode, v2
 
@@ -30,7 +30,8 @@ from sslvit.data.loader import Loader
 from sslvit.data.photometry import apply
 from sslvit.encoder.config import IMAGENET_MEAN, IMAGENET_STD
 
-GATE = 0.72
+JPEG_CROPS = CropsConfig(global_scale=[0.4, 1.0], num_local=8, local_size=96)
+TINY_CROPS = CropsConfig(global_scale=[0.4, 1.0], num_local=4, local_size=16)
 JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
 
 
@@ -164,30 +165,11 @@ def variants(source: Jpegs, crops: CropsConfig, size: int, batch: int) -> dict[s
     return {"dino_pillow": dino, "torchvision_v2": torchvision, "geometry": lambda: next(geometry), "full": ours_full}
 
 
-def probe() -> float:
-    """Matrix products a second of a fixed size: how fast the machine is just now."""
-    a = torch.ones(512, 512)
-    start = time.process_time()
-    for _ in range(8):
-        a @ a
-    return 8 / (time.process_time() - start)
-
-
-def measure(work: dict[str, Callable[[], None]], batch: int, seconds: float) -> dict[str, list[float]]:
-    """Images a second of each variant, the gated timings."""
-    timings: dict[str, list[tuple[float, float]]] = {name: [] for name in work}
-    for run in work.values():
-        run()
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        for name, run in work.items():
-            before, start = probe(), time.process_time()
-            run()
-            took = time.process_time() - start
-            timings[name].append((min(before, probe()), batch / took))
-    best = max(speed for rows in timings.values() for speed, _ in rows)
-    gated = {name: [rate for speed, rate in rows if speed >= GATE * best] for name, rows in timings.items()}
-    return {name: rates or [rate for _, rate in timings[name]] for name, rates in gated.items()}
+def rates_of(work: dict[str, Callable[[], None]], batch: int, seconds: float) -> dict[str, list[float]]:
+    """Images a second of each variant, the timings that count."""
+    clock = time.process_time
+    timings = measure(work, seconds=seconds, wanted=10_000, probe=Probe(512, clock), clock=clock)
+    return {name: [batch / took for took in timing.seconds] for name, timing in timings.items()}
 
 
 def row(name: str, value: float, rates: list[float], data: str) -> dict:
@@ -210,13 +192,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     done = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
-    jpeg_crops = CropsConfig(global_scale=[0.4, 1.0], num_local=8, local_size=96)
-    tiny_crops = CropsConfig(global_scale=[0.4, 1.0], num_local=4, local_size=16)
-    for work, source, crops, size, batch in (("jpeg", Jpegs, jpeg_crops, 224, 8), ("tiny", Tiny, tiny_crops, 32, 64)):
+    for work, source, crops, size, batch in (("jpeg", Jpegs, JPEG_CROPS, 224, 8), ("tiny", Tiny, TINY_CROPS, 32, 64)):
         if any(entry["name"].startswith(f"data/{work}/") for entry in done):
             continue
         made = source()
-        rates = measure(variants(made, crops, size, batch), batch, 20 if options.quick else 120)
+        rates = rates_of(variants(made, crops, size, batch), batch, 20 if options.quick else 120)
         done += rows_of(work, rates, made.spec)
         if options.json:
             options.json.write_text(json.dumps(done, indent=1) + "\n")

@@ -92,6 +92,7 @@ class PretrainConfig:
     teacher: str | None = None  # an encoder E that is distilled, frozen; None: the student's own moving average
     device: str | None = None
     precision: str | None = None  # bf16 | fp32
+    compile: bool | None = None  # each block through torch.compile; auto: on CUDA. Changes rounding, nothing else
     num_workers: int | None = None
     max_bad_rate: float = 0.05  # the run stops when more of the images than this cannot be read
     overwrite: bool = False

@@ -8,6 +8,7 @@ GPU wait.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import os
 import re
@@ -33,6 +34,7 @@ __all__ = [
     "barrier",
     "broadcast_object",
     "choose_device",
+    "compiles",
     "full",
     "init",
     "is_main",
@@ -171,6 +173,14 @@ def native_bf16(device: torch.device | str) -> bool:
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def compiles(device: torch.device | str) -> bool:
+    """Whether torch.compile has what it needs for the device, and pays there: CUDA, with Triton and a C compiler."""
+    if torch.device(device).type != "cuda":
+        return False
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    return bool(compiler) and importlib.util.find_spec("triton") is not None
 
 
 def shutdown() -> None:

@@ -15,7 +15,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +24,35 @@ from torch import Tensor
 
 from sslvit.distributed import all_reduce_sum_, is_main, world_size
 from sslvit.errors import Resumable
+from sslvit.utilisation import peak_flops
 
 __all__ = ["TIMING_FIELDS", "MetricsLog"]
 
-TIMING_FIELDS = frozenset({"seconds", "images_per_s", "data_wait", "peak_memory_mib", "eta"})
+TIMING_FIELDS = frozenset({"seconds", "images_per_s", "data_wait", "mfu", "peak_memory_mib", "eta"})
+WAITING = 0.3  # share of the time without data from which the loader is what limits the run
 CONSOLE_SECONDS = 10.0  # a plain log gets a line at most this often
 
 
 class MetricsLog:
     """One per run; `begin` opens a stage of it (pretraining is one stage with an empty name)."""
 
-    def __init__(self, folder: Path, *, log_every: int | None = None) -> None:
-        """log_every: steps between lines; None gives about a hundred lines, and one at least every 100 steps."""
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        log_every: int | None = None,
+        flops_per_image: float | None = None,
+        precision: str = "fp32",
+        data_advice: Callable[[], str] | None = None,
+    ) -> None:
+        """log_every: steps between lines; None gives about a hundred lines, and one at least every 100 steps.
+
+        flops_per_image: what the model needs for an image and step, in `precision`; lines then hold "mfu", the share of
+        the devices' peak. data_advice() says what to change once steps wait for data.
+        """
         self.folder = Path(folder)
+        self._flops_per_image, self._precision = flops_per_image, precision
+        self._data_advice = data_advice
         self._wanted_every = log_every
         self._main = is_main()
         self._board: Any = None
@@ -54,6 +70,10 @@ class MetricsLog:
         self._begun_at, self._begun_step = time.monotonic(), resumed or 0
         self._window = _Window(self._begun_at)
         self._said_at = -math.inf
+        self._lines, self._advised = 0, False
+        self._peak = 0.0
+        if self._flops_per_image is not None:  # measured before loading and training share the machine
+            self._peak = world_size() * peak_flops(str(self.device), self._precision)
         if self._main:
             _cut(self.folder / "metrics.jsonl", stage, -1 if resumed is None else resumed)
             self._open_board(-1 if resumed is None else resumed)
@@ -103,6 +123,7 @@ class MetricsLog:
             self._write(row)
             self._board_add(step, row)
             self._show(step, row)
+        self._advise(row["data_wait"])
         return row
 
     def alarm(self, step: int, name: str, text: str) -> None:
@@ -183,13 +204,29 @@ class MetricsLog:
         now = time.monotonic()
         span = max(1e-9, now - self._window.since)
         done = max(1, step - self._begun_step)
+        rate = self._window.images / span
         return {
-            "images_per_s": round(self._window.images / span, 2),
+            "images_per_s": round(rate, 2),
             "data_wait": round(self._window.waited / span, 4),
+            **self._utilisation(rate),
             "seconds": round(now - self._begun_at, 3),
             "peak_memory_mib": _peak_memory_mib(self.device),
             "eta": round((now - self._begun_at) / done * (self.steps - step), 1),
         }
+
+    def _utilisation(self, images_per_s: float) -> dict[str, float]:
+        """{"mfu": share of the peak of all processes' devices}, {} where the model's FLOPs are not known."""
+        if self._flops_per_image is None:
+            return {}
+        return {"mfu": round(images_per_s * self._flops_per_image / self._peak, 4)}
+
+    def _advise(self, data_wait: float) -> None:
+        """Says once per stage that steps wait for data, and what to change; the first line holds the start-up too."""
+        self._lines += 1
+        if self._data_advice is None or self._advised or self._lines < 2 or data_wait < WAITING:
+            return
+        self._advised = True
+        self.say(f"loading limits this run: steps wait for images {data_wait:.0%} of the time; {self._data_advice()}")
 
     def _write(self, row: Mapping[str, Any]) -> None:
         self._append("metrics.jsonl", json.dumps(row) + "\n")

@@ -44,7 +44,7 @@ def test_a_line_holds_the_averages_since_the_last_one(tmp_path: Path) -> None:
     assert [row["micro"] for row in found] == [25.0, 65.0, 95.0]
     assert [row["half"] for row in found] == [0.5] * 3
     assert found[1]["lr"] == pytest.approx(0.8)
-    assert found[1].keys() >= TIMING_FIELDS
+    assert found[1].keys() >= TIMING_FIELDS - {"mfu"}
     assert found[1]["images_per_s"] > 0
     assert found[1]["data_wait"] > 0
     assert found[1]["peak_memory_mib"] > 10
@@ -200,3 +200,37 @@ def test_a_full_disk_is_resumable(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(Resumable, match=r"could not write .*metrics\.jsonl: No space left on device; make room"):
         write(log, range(1, 2))
     log.end()
+
+
+def test_utilisation_is_needed_flops_over_possible_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(metrics, "peak_flops", lambda *key: asked.append(key) or 5e6)
+    log = MetricsLog(tmp_path, log_every=2, flops_per_image=1000.0, precision="bf16")
+    log.begin(4, None)
+    write(log, range(1, 5))
+    log.end()
+    assert asked == [("cpu", "bf16")]
+    for row in rows(tmp_path):
+        assert row["mfu"] == pytest.approx(row["images_per_s"] * 1000 / 5e6, abs=1e-4)
+    log = MetricsLog(tmp_path / "unknown", log_every=2)
+    log.begin(2, None)
+    write(log, range(1, 3))
+    assert "mfu" not in rows(tmp_path / "unknown")[0]
+
+
+def wait_for_data(folder: Path, monkeypatch: pytest.MonkeyPatch, waits: list[float]) -> list[str]:
+    """Lines of train.log that advise, of a run whose lines wait for data these shares of the time."""
+    log = MetricsLog(folder, log_every=1, data_advice=lambda: "do this")
+    log.begin(len(waits), None)
+    for step, wait in enumerate(waits, 1):
+        monkeypatch.setattr(log, "_timing", lambda step, wait=wait: {"data_wait": wait})
+        log.add({"loss": 1.0})
+        log.line(step, {})
+    log.end()
+    return [line for line in (folder / "train.log").read_text().splitlines() if "do this" in line]
+
+
+def test_a_run_that_waits_for_data_is_told_once_what_to_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = wait_for_data(tmp_path / "a", monkeypatch, [0.9, 0.1, 0.62, 0.7])
+    assert said == ["loading limits this run: steps wait for images 62% of the time; do this"]
+    assert wait_for_data(tmp_path / "b", monkeypatch, [0.9, 0.1, 0.2]) == [], "the first line holds the start-up"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -56,10 +57,14 @@ class Views:
         return dataclasses.replace(self, **move)
 
 
+def usable_cores() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def default_workers() -> int:
     """Loading threads when nothing else is asked for: the cores this process may use less one, from 1 to 16."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(16, cores - 1))
+    return max(1, min(16, usable_cores() - 1))
 
 
 class DecodedImages:
@@ -73,19 +78,25 @@ class DecodedImages:
         cache_bytes: int = CACHE_BYTES,
         value_range: ValueRange | None = None,
     ) -> None:
-        self._source = source
+        self._source, self.min_side = source, min_side
         self._how: dict[str, Any] = {"channels": channels, "min_side": min_side, "value_range": value_range}
         self._budget = cache_bytes
         self._kept: dict[int, np.ndarray] | None = {}
         self._bytes = 0
         self._lock = threading.Lock()
+        self.seconds = {"read": 0.0, "decode": 0.0, "cut": 0.0}  # of all threads together
 
     def __getitem__(self, index: int) -> np.ndarray:
         """(H, W, C) uint8; raises BadImage or OSError."""
         kept = self._kept
         if kept is not None and (image := kept.get(index)) is not None:
             return image
-        image = decode(self._source.read(index), **self._how)
+        began = time.perf_counter()
+        file = self._source.read(index)
+        read = time.perf_counter()
+        image = decode(file, **self._how)
+        self.seconds["read"] += read - began
+        self.seconds["decode"] += time.perf_counter() - read
         if kept is not None:
             self._keep(index, image)
         return image
@@ -206,6 +217,7 @@ class Loader:
 
     def _cut(self, batch: _Batch, part: slice, images: list[np.ndarray]) -> None:
         """Write the views of decoded images into their columns."""
+        began = time.perf_counter()
         views = batch.views
         plans = geometry.plan_views(
             np.array([image.shape[:2] for image in images]),
@@ -222,6 +234,23 @@ class Loader:
             row[:, part] = torch.from_numpy(plan.photometry)
             for i, image in enumerate(images):
                 geometry.cut_views(image, plan.boxes[i], plan.flips[i], list(crops[:, part.start + i]))
+        self._images.seconds["cut"] += time.perf_counter() - began
+
+    def advice(self, cores: int | None = None) -> str:
+        """Where the threads' time went, and what to change should the run wait for them."""
+        seconds, cores = self._images.seconds, usable_cores() if cores is None else cores
+        total = sum(seconds.values()) or 1.0
+        most = max(seconds, key=lambda kind: seconds[kind])
+        share = f"{seconds[most] / total:.0%} of loading is"
+        if most == "read":
+            return f"{share} reading files: move the images to a local disk, or into tar or parquet shards"
+        if self._num_workers < cores - 1:
+            return f"raise num_workers from {self._num_workers} to {cores} (this process may use {cores} cores)"
+        if most == "decode":
+            side = self._images.min_side
+            store = f"with a shorter side of {side} px" if side else "smaller"
+            return f"{share} decoding, on every core there is: store the images {store}, or ask for more cores"
+        return f"{share} cutting crops, on every core there is: lower crops.num_local, or ask for more cores"
 
     def _read(self, sample: int, epoch: int, report: Callable[[int], None]) -> tuple[np.ndarray, int]:
         """The image and its id, or that of the first readable replacement."""

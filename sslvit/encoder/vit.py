@@ -8,6 +8,7 @@ not read. `forward_packed` does it for images of several sizes in one stream. We
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -36,6 +37,7 @@ from sslvit.encoder.config import EncoderConfig
 from sslvit.errors import InputError
 
 Encoder: TypeAlias = VisionTransformer | Eva
+Paths: TypeAlias = tuple[Tensor | None, Tensor | None]  # factors (T, 1) of a block's two branches
 VIT_MODULES = {"vision_transformer", "deit", "eva"}  # of timm.models
 
 
@@ -245,11 +247,17 @@ def forward_tokens(
 
 
 def forward_packed(
-    encoder: Encoder, inputs: Sequence[TokenInput], *, norm: bool = True, backend: Backend = "auto"
+    encoder: Encoder,
+    inputs: Sequence[TokenInput],
+    *,
+    norm: bool = True,
+    backend: Backend = "auto",
+    compiled: bool = False,
 ) -> list[Tokens]:
     """`forward_tokens` for several inputs, perhaps of several sizes, in one stream through norms, linears and MLPs.
 
     Attention stays within each image. Equal to separate calls to float error (drop path draws in the order of inputs).
+    `compiled` runs each block through torch.compile, once per shape of the stream and not per block.
     """
     check_backend(backend, inputs[0].images.device)
     groups = [_embed(encoder, item) for item in inputs]
@@ -263,8 +271,9 @@ def forward_packed(
     else:
         stream, shapes = _pack(sequences)
         for block in encoder.blocks[:last]:
-            stream = _run(encoder, _block, block, stream, shapes, backend)
-        outputs = _last_block(encoder, stream, shapes, only, backend)
+            paths = _draw_paths(block, stream, shapes)
+            stream = _run(encoder, _maybe_compiled(_block, compiled), block, stream, shapes, backend, paths)
+        outputs = _last_block(encoder, stream, shapes, only, backend, compiled)
     return [_tokens(encoder, x, norm, cls) for x, cls in zip(_norm(encoder, outputs, norm), only, strict=True)]
 
 
@@ -404,49 +413,75 @@ def _run(encoder: Encoder, function: Any, *inputs: Any) -> Any:
     return function(*inputs)
 
 
-def _block(block: Block, x: Tensor, shapes: Shapes, backend: Backend) -> Tensor:
+def _maybe_compiled(function: Any, compiled: bool) -> Any:
+    return _compiled(function) if compiled else function
+
+
+@functools.cache
+def _compiled(function: Any) -> Any:
+    """`function` of a block through torch.compile; one graph serves all blocks of a shape, their weights are inputs."""
+    return torch.compile(function, dynamic=False)
+
+
+def _block(block: Block, x: Tensor, shapes: Shapes, backend: Backend, paths: Paths) -> Tensor:
     """`Block.forward` of timm on a stream (T, D)."""
-    x = x + _drop_path(block.drop_path1, block.ls1(self_attention(block.attn, block.norm1(x), shapes, backend)), shapes)
-    return x + _drop_path(block.drop_path2, block.ls2(block.mlp(block.norm2(x))), shapes)
+    x = x + _scaled(block.ls1(self_attention(block.attn, block.norm1(x), shapes, backend)), paths[0])
+    return x + _scaled(block.ls2(block.mlp(block.norm2(x))), paths[1])
 
 
-def _class_block(block: Block, x: Tensor, shapes: Shapes) -> Tensor:
+def _class_block(block: Block, x: Tensor, shapes: Shapes, paths: Paths) -> Tensor:
     """`_block` for the first token of each sequence alone: (T, D) to (sum of B, D)."""
-    firsts = [(batch, 1) for batch, _ in shapes]
     mixed = class_attention(block.attn, block.norm1(x), shapes)
-    x = first_tokens(x, shapes) + _drop_path(block.drop_path1, block.ls1(mixed), firsts)
-    return x + _drop_path(block.drop_path2, block.ls2(block.mlp(block.norm2(x))), firsts)
+    x = first_tokens(x, shapes) + _scaled(block.ls1(mixed), paths[0])
+    return x + _scaled(block.ls2(block.mlp(block.norm2(x))), paths[1])
 
 
-def _last_block(encoder: Encoder, stream: Tensor, shapes: Shapes, only: list[bool], backend: Backend) -> list[Tensor]:
+def _last_block(
+    encoder: Encoder, stream: Tensor, shapes: Shapes, only: list[bool], backend: Backend, compiled: bool
+) -> list[Tensor]:
     """The last block: whole sequences (B, N, D), and (B, 1, D) for groups of which only the class token is read."""
     block = encoder.blocks[-1]
     parts = _unpack(stream, shapes)
     outputs: dict[int, Tensor] = {}
     if whole := [i for i, cls in enumerate(only) if not cls]:
         x, sizes = (stream, list(shapes)) if len(whole) == len(parts) else _pack([parts[i] for i in whole])
-        outputs.update(zip(whole, _unpack(_run(encoder, _block, block, x, sizes, backend), sizes), strict=True))
+        paths = _draw_paths(block, x, sizes)
+        x = _run(encoder, _maybe_compiled(_block, compiled), block, x, sizes, backend, paths)
+        outputs.update(zip(whole, _unpack(x, sizes), strict=True))
     if firsts := [i for i, cls in enumerate(only) if cls]:
         x, sizes = (stream, list(shapes)) if len(firsts) == len(parts) else _pack([parts[i] for i in firsts])
-        x = _run(encoder, _class_block, block, x, sizes)
-        outputs.update(zip(firsts, _unpack(x, [(batch, 1) for batch, _ in sizes]), strict=True))
+        alone = [(batch, 1) for batch, _ in sizes]
+        paths = _draw_paths(block, x, alone)
+        x = _run(encoder, _maybe_compiled(_class_block, compiled), block, x, sizes, paths)
+        outputs.update(zip(firsts, _unpack(x, alone), strict=True))
     return [outputs[i] for i in range(len(parts))]
 
 
-def _drop_path(module: nn.Module, x: Tensor, shapes: Shapes) -> Tensor:
-    """Stochastic depth (arXiv:1603.09382) per sequence of a stream, with timm's draws."""
+def _draw_paths(block: Block, x: Tensor, shapes: Shapes) -> Paths:
+    """Stochastic depth of a block's two branches; drawn outside of what is compiled, so that draws are the same."""
+    return _draw_path(block.drop_path1, x, shapes), _draw_path(block.drop_path2, x, shapes)
+
+
+def _draw_path(module: nn.Module, x: Tensor, shapes: Shapes) -> Tensor | None:
+    """Stochastic depth (arXiv:1603.09382) per sequence of a stream, timm's draws: factors (T, 1), None to keep all."""
     if not isinstance(module, DropPath) or not module.training or not module.drop_prob:
-        return x
+        return None
     keep_prob = 1 - module.drop_prob
     draws = [x.new_empty(batch, 1, 1).bernoulli_(keep_prob).expand(batch, length, 1) for batch, length in shapes]
     factors = join([draw.reshape(-1, 1) for draw in draws])
-    return x * (factors / keep_prob if module.scale_by_keep else factors)
+    return factors / keep_prob if module.scale_by_keep else factors
 
 
-def forward_block(block: nn.Module, x: Tensor, rope: Tensor | None = None) -> Tensor:
+def _scaled(x: Tensor, factors: Tensor | None) -> Tensor:
+    return x if factors is None else x * factors
+
+
+def forward_block(block: nn.Module, x: Tensor, rope: Tensor | None = None, *, compiled: bool = False) -> Tensor:
     """What `block(x)` computes on (B, N, D), for a block of any kind, with the attention that is fastest here."""
     if _is_walkable(block):
-        return _block(block, x.flatten(0, 1), [(x.shape[0], x.shape[1])], "auto").view_as(x)
+        stream, shapes = x.flatten(0, 1), [(x.shape[0], x.shape[1])]
+        paths = _draw_paths(block, stream, shapes)
+        return _maybe_compiled(_block, compiled)(block, stream, shapes, "auto", paths).view_as(x)
     return block(x) if rope is None else block(x, rope=rope)
 
 

@@ -36,6 +36,7 @@ class Mae(nn.Module):
         self.config = config
         self.patch_size = patch_size
         self.views = list(range(num_global))[-config.num_views :]
+        self.compiled = False  # the decoder's blocks; `Pretraining` knows
         dim = config.decoder_dim
         self.embed = nn.Linear(embed_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -73,7 +74,7 @@ class Mae(nn.Module):
             dim=1,
         )
         for block in self.blocks:
-            hidden = forward_block(block, hidden)
+            hidden = forward_block(block, hidden, compiled=self.compiled)
         return self.predict(self.norm(hidden[:, -removed.shape[1] :]))
 
     def loss(self, tokens: dict[Pass, Tokens], images: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:

@@ -71,6 +71,7 @@ class Pretraining(nn.Module):
             self.teacher = _frozen_copy(self.student)
         self._running_step = -1
         self._prepared: deque[Prepared] = deque()  # of the micro-batches of this step that are still to come
+        self.compile_blocks(bool(config.compile))
         if "ibot" in self.objectives:
             self.mask_token = nn.Parameter(torch.zeros(1, 1, self.student.embed_dim))
 
@@ -104,6 +105,13 @@ class Pretraining(nn.Module):
     def judged(self) -> VisionTransformer:
         """The encoder that is evaluated and exported: the teacher if there is one."""
         return self.student if self.teacher is None else self.teacher
+
+    def compile_blocks(self, wanted: bool) -> None:
+        """Whether the blocks of encoders and decoder run through torch.compile from now on."""
+        self.compiled = wanted
+        for objective in self._active.values():
+            if isinstance(objective, Mae):
+                objective.compiled = wanted
 
     def train(self, mode: bool = True) -> Pretraining:
         """The teacher never leaves evaluation mode."""
@@ -227,9 +235,9 @@ class Pretraining(nn.Module):
                 teacher = self._distilled[0] if self._distilled else self.teacher
                 assert teacher is not None
                 with torch.no_grad():
-                    outputs = forward_packed(teacher, inputs)
+                    outputs = forward_packed(teacher, inputs, compiled=self.compiled)
             else:
-                outputs = forward_packed(self.student, inputs)
+                outputs = forward_packed(self.student, inputs, compiled=self.compiled)
             for group, output in zip(groups.values(), outputs, strict=True):
                 tokens |= dict(zip(group, split(output, len(group)), strict=True))
         return tokens

@@ -34,6 +34,7 @@ class DataFacts:
     channels: int
     device: str  # "cpu" | "cuda"
     native_bf16: bool = True  # whether the device computes bf16 itself
+    compiles: bool = False  # whether torch.compile works on the device and pays there
 
 
 class _Resolver:
@@ -148,6 +149,14 @@ def _resolve_precision(resolver: _Resolver, facts: DataFacts) -> None:
         resolver.fill("precision", "bf16", "autocast; losses, softmax and averages stay in fp32")
     else:
         resolver.fill("precision", "fp32", f"this {facts.device} only emulates bf16")
+    if resolver.config.sharded:
+        resolver.fill("compile", False, "not tried with sharded=true")
+    elif facts.compiles:
+        resolver.fill("compile", True, f"a {facts.device} device and a compiler are here")
+    elif facts.device == "cuda":
+        resolver.fill("compile", False, "Triton or a C compiler is missing")
+    else:
+        resolver.fill("compile", False, "minutes of compiling rarely pay on a CPU")
 
 
 def _resolve_distillation(resolver: _Resolver) -> None:

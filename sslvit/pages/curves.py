@@ -33,10 +33,11 @@ TITLES = {
     "feature_std": ("Feature spread", "standard deviation of unit-length features"),
     "images_per_s": ("Throughput", "images per second"),
     "data_wait": ("Waiting for data", "share of the time"),
+    "mfu": ("Model FLOPs utilisation", "share of what the device could compute"),
     "peak_memory_mib": ("Peak memory", "MiB"),
     "skipped": ("Skipped steps", "loss or gradient not finite"),
 }
-SPEED = ("images_per_s", "data_wait", "peak_memory_mib")
+SPEED = ("images_per_s", "data_wait", "mfu", "peak_memory_mib")
 MOST_UNPLANNED = 30  # charts of fields nobody planned for
 UNDRAWN = ("step", "stage", "seconds", "eta", "skipped", "weight_decay")
 STAGES = {"text": "Text", "connector": "Connector", "instruct": "Instruct"}
@@ -65,7 +66,8 @@ def pretraining_figures(rows: Sequence[Row], config: dict[str, Any], embed_dim: 
         *(_objective(rows, key, config) for key in losses),
         *(_single(rows, "lr"), _gradients(rows, config), _skipped(rows), _decay(rows)),
         *(_entropy(rows, entropies), *(_health(rows, key, embed_dim) for key in health)),
-        *(_knn(rows, accuracies), _single(rows, "images_per_s"), _waiting(rows), _single(rows, "peak_memory_mib")),
+        *(_knn(rows, accuracies), _single(rows, "images_per_s"), _waiting(rows), _utilisation(rows)),
+        _single(rows, "peak_memory_mib"),
     ]
     return [figure for figure in figures if figure is not None]
 
@@ -184,3 +186,7 @@ def _knn(rows: Sequence[Row], fields: Sequence[str]) -> Figure | None:
 
 def _waiting(rows: Sequence[Row]) -> Figure | None:
     return _chart(*TITLES["data_wait"], rows, [("data_wait", "waiting")], shares=True, floor=0.0)
+
+
+def _utilisation(rows: Sequence[Row]) -> Figure | None:
+    return _chart(*TITLES["mfu"], rows, [("mfu", "utilisation")], shares=True, floor=0.0)

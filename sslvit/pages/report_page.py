@@ -21,7 +21,7 @@ from sslvit.pages.curves import Figure, pretraining_figures, stage_figures
 from sslvit.pages.data_uri import Encoding, data_uri
 from sslvit.pages.pictures import Picture, Pictures, pretrain_config, printable
 from sslvit.pages.run_record import RunRecord, finite, last
-from sslvit.pages.svg import Bar, bar_chart, interval_mark, number
+from sslvit.pages.svg import Bar, bar_chart, interval_mark, number, percent
 from sslvit.pages.verdict import verdicts
 from sslvit.vlm.score import same_answer
 from sslvit.vlm.sees import FREE
@@ -167,12 +167,26 @@ def facts(record: RunRecord, pictures: Pictures) -> list[tuple[str, str]]:
         found.append(("Steps", f"{step:,} of {steps:,}" if finite(steps) else f"{step:,}"))
         if finite(batch):
             found.append(("Images seen", f"{step * int(batch):,} in batches of {batch:,}"))
-        speed = last(rows, "images_per_s")
-        found.append(("Speed", None if speed is None else f"{number(round(speed, 1))} images/s"))
+        found.append(("Speed", _speed(rows)))
     if align:
         found.append(("Pairs", align.get("data")))
         found.append(("Language model", align.get("lm") or "trained here from the pairs' own text"))
     return [(name, str(value)) for name, value in found if value]
+
+
+def _speed(rows: Sequence[Row]) -> str | None:
+    """Images a second, the share of the device's arithmetic, waiting, memory: at the end of the run."""
+    speed, waiting, memory = (last(rows, key) for key in ("images_per_s", "data_wait", "peak_memory_mib"))
+    if speed is None:
+        return None
+    parts = [f"{number(round(speed, 1))} images/s"]
+    if (share := last(rows, "mfu")) is not None:
+        parts.append(f"{percent(round(share, 3))} of the device's arithmetic")
+    if waiting is not None:
+        parts.append(f"waiting for data {percent(round(waiting, 3))} of the time")
+    if memory is not None:
+        parts.append(f"{number(round(memory))} MiB at most")
+    return ", ".join(parts)
 
 
 def local_share(record: RunRecord) -> str:

@@ -25,6 +25,7 @@ from sslvit.encoder.weights import LoadedEncoder, init_encoder, load_encoder
 from sslvit.errors import InputError
 from sslvit.exports.run_encoders import write_run_encoders
 from sslvit.metrics import MetricsLog
+from sslvit.objectives.cost import cost
 from sslvit.objectives.explain import explain as explain_recipe
 from sslvit.objectives.pretraining import Pretraining, frozen_steps
 from sslvit.objectives.recipe import DataFacts, resolve
@@ -101,7 +102,7 @@ def _run(config: PretrainConfig, folder: RunFolder, device: torch.device) -> Non
                 "preprocessing": as_dict(preprocessing),
                 "license": None if init is None else init.license,
             },
-            metrics=MetricsLog(folder.path),
+            metrics=_metrics(resolved, folder, loader, module),
             stop=stop,
             periodic=None if monitor is None else lambda step: _judge(monitor, module, step),
             periodic_every=_required(resolved.knn.every),
@@ -141,7 +142,7 @@ def _filled(node: Any, source: Any) -> Any:
         own, other = getattr(node, field.name), getattr(source, field.name)
         if dataclasses.is_dataclass(own) and other is not None:
             values[field.name] = _filled(own, other)
-        elif own is None and field.name not in ("device", "num_workers"):
+        elif own is None and field.name not in ("device", "num_workers", "compile"):
             values[field.name] = other
     return dataclasses.replace(node, **values)
 
@@ -193,7 +194,8 @@ def measure_facts(source: Source, device: str, channels: int | None, num_probed:
             f"{source.spec}: none of {len(reasons)} images looked at can be read ({reasons[0]}); run check-data"
         )
     wanted, native = channels or statistics.mode(counts), distributed.native_bf16(device)
-    return DataFacts(len(source), int(statistics.median(sides)), wanted, device, native)
+    compiles = distributed.compiles(device)
+    return DataFacts(len(source), int(statistics.median(sides)), wanted, device, native, compiles)
 
 
 def _preprocessing(
@@ -255,6 +257,18 @@ def _loader(
         bad_files=bad_files,
         pin_memory=device.type == "cuda",
         value_range=preprocessing.value_range,
+    )
+
+
+def _metrics(config: PretrainConfig, folder: RunFolder, loader: Loader, module: Pretraining) -> MetricsLog:
+    """The run's log; its utilisation counts the FLOPs of the encoder as it is, also where it came from `init`."""
+    sizes = dataclasses.replace(config.encoder, embed_dim=module.student.embed_dim, depth=len(module.student.blocks))
+    found = cost(dataclasses.replace(config, init=None, encoder=sizes))
+    return MetricsLog(
+        folder.path,
+        flops_per_image=None if found is None else found.flops_per_image,
+        precision=str(config.precision),
+        data_advice=loader.advice,
     )
 
 

@@ -428,3 +428,30 @@ def test_the_range_is_measured_per_band_over_the_set():
     np.testing.assert_allclose(std, 12**-0.5, atol=0.02)
     views, _ = take(make(source, channels=2, value_range=(low, high)), 1)[0]
     assert views.global_crops.max() > 240 and take(make(source, channels=2), 1)[0][0].global_crops.max() < 20
+
+
+@pytest.mark.parametrize(
+    ("seconds", "num_workers", "words"),
+    [
+        ({"read": 6.0, "decode": 3.0, "cut": 1.0}, 2, "60% of loading is reading files: move the images to a local"),
+        ({"read": 1.0, "decode": 6.0, "cut": 3.0}, 2, "raise num_workers from 2 to 8"),
+        ({"read": 1.0, "decode": 6.0, "cut": 3.0}, 8, "decoding, on every core there is: store the images with a"),
+        ({"read": 1.0, "decode": 3.0, "cut": 6.0}, 7, "cutting crops, on every core there is: lower crops.num_local"),
+    ],
+)
+def test_advice_names_what_takes_the_time_and_the_remedy(seconds, num_workers, words):
+    made = make(num_workers=num_workers)
+    made._images.seconds = seconds
+    assert words in made.advice(cores=8)
+
+
+def test_time_is_booked_where_it_is_spent():
+    class Slow(Pictures):
+        def read(self, index):
+            time.sleep(0.002)
+            return super().read(index)
+
+    made = make(Slow(), num_workers=2)
+    take(made, 3)
+    assert made._images.seconds["read"] > 3 * 5 * 0.002 > 0
+    assert "reading files" in made.advice(cores=8)

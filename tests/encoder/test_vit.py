@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
+from sslvit.encoder import vit
 from sslvit.encoder.config import EncoderConfig
 from sslvit.encoder.vit import (
     TokenInput,
@@ -359,3 +361,29 @@ def test_what_cannot_be_run_exactly_is_refused() -> None:
         check_encoder(torch.nn.Linear(2, 2))
     with pytest.raises(InputError, match="33x32 is not a multiple"):
         forward_tokens(tiny(), pictures(33, 32))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own look at the stream's gradient
+@pytest.mark.parametrize("kind", ["packed", "class token alone", "drop path"])
+def test_compiled_blocks_equal_eager_ones_and_share_one_graph(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    graphs = []
+
+    def trace(graph: torch.fx.GraphModule, inputs: list) -> object:  # a compiler that runs what was traced
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = functools.cache(lambda function: torch.compile(function, dynamic=False, fullgraph=True, backend=trace))
+    monkeypatch.setattr(vit, "_compiled", compiled)
+    torch.compiler.reset()
+    encoder = randomise(tiny(depth=4, drop_path_rate=0.5 if kind == "drop path" else 0.0)).train()
+    only = kind == "class token alone"
+    inputs = [TokenInput(pictures(32, 32), cls_only=only), TokenInput(pictures(16, 16, batch=3), cls_only=only)]
+    results = []
+    for flag in (False, True):
+        torch.manual_seed(7)
+        outputs = forward_packed(encoder, inputs, compiled=flag)
+        loss = sum(tokens.cls.square().sum() for tokens in outputs)
+        results.append([loss, *gradients(encoder, loss).values()])
+    assert all(difference(a, b) < 1e-12 for a, b in zip(*results, strict=True))
+    expected = {"packed": 1, "class token alone": 2, "drop path": 2}  # the first block drops nothing
+    assert len(graphs) == expected[kind], "blocks whose weights or drop rates differ share a graph"

@@ -158,3 +158,14 @@ def test_distillations_that_exclude_one_another_are_refused(sections, words):
 def test_a_shared_head_has_dinos_prototypes():
     sections = {"dino": DinoConfig(num_prototypes=77), "ibot": IbotConfig(shared_head=True)}
     assert resolve(PretrainConfig(data="x", **sections), FACTS)[0].ibot.num_prototypes == 77
+
+
+@pytest.mark.parametrize(
+    ("device", "compiles", "wanted", "words"),
+    [("cuda", True, True, "compiler"), ("cuda", False, False, "missing"), ("cpu", False, False, "CPU")],
+)
+def test_blocks_are_compiled_where_it_pays(device, compiles, wanted, words):
+    facts = DataFacts(100_000, 224, 3, device, compiles=compiles)
+    resolved, reasons = resolve(PretrainConfig(data="x", mae=MaeConfig()), facts)
+    assert resolved.compile is wanted and words in reasons["compile"]
+    assert resolve(PretrainConfig(data="x", mae=MaeConfig(), compile=not wanted), facts)[0].compile is not wanted

@@ -38,6 +38,7 @@ def pretraining_rows(steps: int = 200, **changes: Any) -> list[Row]:
                     "skipped": 0,
                     "images_per_s": 120.0,
                     "data_wait": 0.02,
+                    "mfu": 0.31,
                     "peak_memory_mib": 900.0,
                     "seconds": step / 4,
                     "eta": (steps - step) / 4,

@@ -1,0 +1,469 @@
+"""How fast we are beside the peers on the same work, in one process, from one command.
+
+    python benchmarks/vs_peers.py [--works dino_vits16 knn ...] [--quick] [--compiled] [--minutes 3] [--json FILE]
+        [--output-dir OUT]
+
+Peers are what the package index offers (lightly, timm, torchvision, scikit-learn; one that is not installed prints
+`skipped: why`) and the published steps of DINO and MAE, written out plainly in plain_steps.py. Training steps start
+from the same weights and are timed only after their fp32 losses agree to 1e-5. All variants of a work take turns in
+one process, gated by a matrix product (rounds.py).
+
+Works: the steps dino_vits16, dino_vitti8, mae_vits16, joint_vits16 (DINO and MAE together beside DINO alone); features;
+views_geometry and views_full (one core, decoding included); training (from a folder of JPEG files); knn; probe (52
+heads); help; growth.
+
+Rows: `vs_peers/WORK/PEER/ratio`, the peer's time over ours, above 1 is faster; `vs_peers/WORK/VARIANT/seconds`, and of
+steps `/utilisation`, the share of the peak in the precision of the variant. `joint_vits16/ours_dino/cost` is our joint
+step over our DINO step, `knn/ours/memory_mb` the peak above the features, `growth/CURVE/exponent` as in value ~
+size^exponent. OUT/cells keeps finished works; they are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rounds import Probe, Timing, measure, ratio
+
+from sslvit.distributed import native_bf16
+from sslvit.probes.rows import describe, row
+from sslvit.run_folder import write_atomically
+
+#: What a ratio should reach at least, and what it aims at. Of `cost` and `memory_mb` lower is better.
+GOALS = {
+    "dino_vits16/official/ratio": (2.2, 3.0),
+    "dino_vits16/official_autocast/ratio": (1.1, 1.4),
+    "dino_vits16/lightly/ratio": (2.9, 4.0),
+    "dino_vitti8/official/ratio": (2.3, 3.0),
+    "dino_vitti8/official_autocast/ratio": (1.15, 1.5),
+    "dino_vitti8/lightly/ratio": (2.3, 3.0),
+    "mae_vits16/official/ratio": (2.2, 2.8),
+    "mae_vits16/official_autocast/ratio": (1.15, 1.4),
+    "mae_vits16/lightly/ratio": (2.0, 2.7),
+    "joint_vits16/ours_dino/cost": (1.20, 1.10),
+    "views_geometry/official/ratio": (6.7, 8.0),
+    "views_full/official/ratio": (3.4, 4.0),
+    "training/official_torchvision_v2/ratio": (2.0, 3.0),
+    "knn/official/ratio": (1.5, 2.0),
+    "knn/ours/memory_mb": (100.0, 100.0),
+    "probe/one_by_one/ratio": (5.0, 10.0),
+    "help/stack/ratio": (40.0, 60.0),
+}
+LOWER_IS_BETTER = ("cost", "memory_mb")
+
+
+@dataclass(frozen=True)
+class Context:
+    """How to measure: `seconds` of a work, in bf16 where the machine computes it."""
+
+    quick: bool
+    seconds: float
+    compiled: bool
+    bf16: bool
+    folder: Path  # for files that a work makes
+    plot: Path | None
+
+
+@dataclass
+class Found:
+    """The rows of a work and what could not be measured."""
+
+    rows: list[dict]
+    skipped: dict[str, str]
+
+
+class Rows:
+    """Collects the rows of one work under its name and words."""
+
+    def __init__(self, work: str, words: str) -> None:
+        self.work, self.words, self.rows = work, words, []
+
+    def add(self, name: str, value: float, how: str) -> None:
+        threads = torch.get_num_threads()
+        protocol = describe(f"{self.words}; {how}", "", threads=threads, torch=torch.__version__)
+        self.rows.append(row(f"vs_peers/{self.work}/{name}", value, ci95=None, protocol=protocol, data="", seed=0))
+
+    def timings(self, timings: dict[str, Timing], ours: str = "ours") -> None:
+        """Seconds of each variant, and the ratio of each other one over `ours`."""
+        for name, timing in timings.items():
+            self.add(f"{name}/seconds", timing.median, timing.words())
+            if name != ours:
+                medians, minima = ratio(timing, timings[ours])
+                self.add(
+                    f"{name}/ratio", medians, f"{timing.words()} over {timings[ours].words()}; minima {minima:.2f}"
+                )
+
+
+# ---- training steps -------------------------------------------------------------------------------------------------
+
+
+def step_work(name: str):
+    """The sizes of a step; their module is imported late, since it imports torch's compiler and timm."""
+    from step_peers import StepWork
+
+    small = StepWork(("dino",), "vit_small_patch16_224", 16, 224, 4, num_local=8, local=96, prototypes=65536)
+    return {
+        "dino_vits16": small,
+        "dino_vitti8": StepWork(("dino",), "vit_tiny_patch16_224", 8, 64, 32, num_local=6, local=32),
+        "mae_vits16": StepWork(("mae",), "vit_small_patch16_224", 16, 224, 16),
+        "joint_vits16": replace(small, objectives=("dino", "mae")),
+    }[name]
+
+
+def steps(name: str, context: Context) -> Found:
+    """One training step: ours in bf16 beside the peers, in fp32 and under autocast, after their losses agreed."""
+    from step_peers import build, flops, parity, shrunk
+
+    work = shrunk(step_work(name)) if context.quick else step_work(name)
+    built = build(work)
+    losses = parity(built, 2 if "mae" in work.objectives else 3)
+    print("   losses in fp32:", "; ".join(f"{k} {' '.join(f'{x:.6f}' for x in v)}" for k, v in losses.items()))
+    needed, batch = flops(built), built.batch
+    variants = {"ours": lambda: built.steps["ours"](batch, context.bf16)}
+    precisions = {"ours": context.bf16}
+    for peer in [peer for peer in built.steps if peer != "ours"]:
+        for bf16 in (False, True) if context.bf16 else (False,):
+            label = f"{peer}_autocast" if bf16 else peer
+            variants[label] = lambda step=built.steps[peer], bf16=bf16: step(batch, bf16)
+            precisions[label] = bf16
+    if context.bf16:
+        variants["ours_fp32"], precisions["ours_fp32"] = lambda: built.steps["ours"](batch, False), False
+    if context.compiled:
+        variants["ours_compiled"], precisions["ours_compiled"] = _compiled(built, context.bf16), context.bf16
+    types = {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if context.bf16 else {})
+    peaks = {precision: Probe(1024, dtype=dtype) for precision, dtype in types.items()}  # the best seen between steps
+    before = lambda label: [peak() for peak in peaks.values()]  # noqa: E731
+    timings = measure(variants, seconds=context.seconds, before=before)
+    rows = Rows(name, work.words())
+    rows.timings(timings)
+    for label, timing in timings.items():
+        precision = "bf16" if precisions[label] else "fp32"
+        share, best = needed / timing.median / peaks[precision].best, peaks[precision].best / 1e9
+        rows.add(
+            f"{label}/utilisation", share, f"{needed / 1e9:.1f} GFLOP a step, peak in {precision} {best:.0f} GFLOP/s"
+        )
+    return Found(rows.rows, built.missing)
+
+
+def _compiled(built, bf16: bool) -> Callable[[], float]:
+    """Our step with compiled blocks, the weights shared with the other variants of ours."""
+    ours = built.steps["ours"].__self__
+
+    def run() -> float:
+        ours.module.compile_blocks(True)
+        try:
+            return ours.step(built.batch, bf16)
+        finally:
+            ours.module.compile_blocks(False)
+
+    return run
+
+
+def joint(name: str, context: Context) -> Found:
+    """Our joint step beside our DINO step: what MAE on one view adds."""
+    from step_peers import STEP, OurStep, as_views, make_batch, our_module, shrunk
+
+    work = shrunk(step_work(name)) if context.quick else step_work(name)
+    batch, made = make_batch(work), {}
+    for label, objectives in (("ours", ("dino", "mae")), ("ours_dino", ("dino",))):
+        torch.manual_seed(0)
+        alone = replace(work, objectives=objectives)
+        made[label] = OurStep(our_module(alone), alone)
+    with torch.no_grad():
+        shared = [made[label].module(as_views(batch), STEP)[1]["dino/loss"].item() for label in made]
+    if abs(shared[0] - shared[1]) > 1e-5 * shared[1]:
+        raise ValueError(f"DINO's loss is {shared[0]} in the joint step and {shared[1]} alone")
+    for one in made.values():
+        one.module.discard()
+    variants = {label: lambda one=one: one.step(batch, context.bf16) for label, one in made.items()}
+    timings = measure(variants, seconds=context.seconds)
+    rows = Rows(name, work.words())
+    rows.timings(timings)
+    cost, minima = ratio(timings["ours"], timings["ours_dino"])
+    rows.add("ours_dino/cost", cost, f"our joint step over our DINO step; minima {minima:.2f}")
+    return Found(rows.rows, {})
+
+
+# ---- data and whole runs --------------------------------------------------------------------------------------------
+
+
+def views(name: str, context: Context) -> Found:
+    """Decode and views on one core: the workers' share alone (geometry), or with our CPU path of colour (full)."""
+    from data import JPEG_CROPS, Jpegs, variants
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        source, batch = Jpegs(8 if context.quick else 32), 4 if context.quick else 8
+        made = variants(source, JPEG_CROPS, 224, batch)
+        chosen = {"ours": made[name.removeprefix("views_")]}
+        chosen |= {"official": made["dino_pillow"], "torchvision_v2": made["torchvision_v2"]}
+        clock = time.process_time
+        timings = measure(chosen, seconds=context.seconds, probe=Probe(512, clock), clock=clock)
+        rows = Rows(name, f"2 x 224 + 8 x 96 views of {source.spec}, batch {batch}, processor time")
+        rows.timings(timings)
+    finally:
+        torch.set_num_threads(threads)
+    return Found(rows.rows, {})
+
+
+def training(name: str, context: Context) -> Found:
+    """Images a second of whole training from JPEG files."""
+    from training_peers import runs, write_jpegs
+
+    work = step_work("dino_vitti8")
+    work, count = (replace(work, batch=8, depth=2, prototypes=1024), 64) if context.quick else (work, 1024)
+    num_steps, workers = (2, 2) if context.quick else (8, torch.get_num_threads())
+    made = runs(work, write_jpegs(context.folder / "jpegs", count), num_steps, workers)
+
+    def start(variant: str) -> None:
+        for other in made.values():
+            other.stop()
+        made[variant].start()
+
+    timings = measure(made, seconds=context.seconds, before=start)
+    for one in made.values():
+        one.stop()
+    rows = Rows(name, f"{work.words()}, from {count} JPEG files of 500 x 375, {workers} workers, {num_steps} steps")
+    rows.timings(timings)
+    for label, timing in timings.items():
+        rows.add(f"{label}/images_per_second", num_steps * work.batch / timing.median, timing.words())
+    return Found(rows.rows, {})
+
+
+def growth(name: str, context: Context) -> Found:
+    """Curves: the loader by listed files, a step by batch, crops and prototypes."""
+    from growth import exponent, listing, plot, step_times
+
+    counts = [1000, 20_000] if context.quick else [10_000, 100_000, 1_000_000]
+    base = step_work("dino_vitti8")
+    base = replace(base, batch=2, depth=2, hidden=256, prototypes=1024) if context.quick else replace(base, batch=16)
+    with _cache_in(context.folder / "cache"):
+        curves = listing(context.folder, counts, context.seconds / 2)
+    curves |= step_times(base, context.seconds, context.bf16, context.quick)
+    rows = Rows(name, f"{base.words()}; listings of {', '.join(f'{n:,}' for n in counts)} files")
+    for curve, (sizes, values) in curves.items():
+        told = ", ".join(f"{size:g}: {value:.4g}" for size, value in zip(sizes, values, strict=True))
+        rows.add(f"{curve}/exponent", exponent((sizes, values)), told)
+    sizes, rates = curves["images_per_second"]
+    rows.add("images_per_second/ratio", rates[-1] / rates[0], f"at {sizes[-1]:,.0f} listed files over {sizes[0]:,.0f}")
+    rows.add("reopening/seconds", curves["reopening"][1][-1], f"of a kept index of {sizes[-1]:,.0f} files")
+    skipped = {}
+    if context.plot is not None and not plot(curves, context.plot):
+        skipped["plot"] = "matplotlib is not installed; pip install 'sslvit[report]'"
+    return Found(rows.rows, skipped)
+
+
+class _cache_in:
+    """Indices are kept in a folder of the benchmark's own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.before = folder, os.environ.get("SSLVIT_CACHE")
+
+    def __enter__(self) -> None:
+        os.environ["SSLVIT_CACHE"] = str(self.folder)
+
+    def __exit__(self, *_: object) -> None:
+        os.environ.pop("SSLVIT_CACHE")
+        if self.before is not None:
+            os.environ["SSLVIT_CACHE"] = self.before
+
+
+# ---- evaluation and start-up ----------------------------------------------------------------------------------------
+
+
+def features(name: str, context: Context) -> Found:
+    """Class tokens of a batch of images."""
+    from probe_peers import feature_ways
+
+    encoder, batch = ("vit_tiny_patch16_224", 2) if context.quick else ("vit_small_patch16_224", 16)
+    ways = feature_ways(encoder, batch, context.bf16)
+    reference = ways["timm"]()
+    for label, run in ways.items():
+        apart = (run() - reference).norm() / reference.norm()
+        if not apart < 0.02:
+            raise ValueError(f"features of {label} differ by {apart:.3f} from timm's in fp32")
+    rows = Rows(name, f"{encoder}, batch {batch}, 224 px, last block, class token")
+    rows.timings(measure(ways, seconds=context.seconds))
+    return Found(rows.rows, {})
+
+
+def neighbours(name: str, context: Context) -> Found:
+    """k-NN: time, answers, and memory at the peak above the features."""
+    from probe_peers import knn_memory, knn_ways
+
+    size, queries = (5000, 500) if context.quick else (50_000, 10_000)
+    ways = knn_ways(size, queries)
+    answers = {label: run() for label, run in ways.items()}
+    rows = Rows(name, f"{size:,} x 384 features, {queries:,} queries, 1000 classes")
+    rows.timings(measure(ways, seconds=context.seconds))
+    for label, found in answers.items():
+        if label != "ours":
+            rows.add(f"{label}/agreement", float((found == answers["ours"]).mean()), "share of equal answers at k = 20")
+    for label, way in (("ours", "ours"), ("official", "torch")):
+        megabytes = knn_memory(way, size, queries)
+        rows.add(
+            f"{label}/memory_mb", megabytes, "peak of a process of its own above the features, faiss or torch in it"
+        )
+    skipped = {} if "sklearn" in ways else {"sklearn": "scikit-learn is not installed; pip install 'sslvit[bench]'"}
+    return Found(rows.rows, skipped)
+
+
+def heads(name: str, context: Context) -> Found:
+    """52 linear heads at once beside one by one."""
+    from probe_peers import LinearHeads
+
+    images, num_steps = (1000, 4) if context.quick else (20_000, 100)
+    made = LinearHeads(images, num_steps)
+    for i, (a, b) in enumerate(zip(made.together(), made.one_by_one(), strict=True)):
+        if not torch.allclose(a, b, rtol=1e-3, atol=1e-4):
+            raise ValueError(f"head {i} differs by {(a - b).abs().max():.2g} from the one trained alone")
+    rows = Rows(name, f"{made.num_heads} heads, {num_steps} steps of 128 of {images:,} x 384 features, 100 classes")
+    rows.timings(measure({"ours": made.together, "one_by_one": made.one_by_one}, seconds=context.seconds))
+    return Found(rows.rows, {})
+
+
+def start_up(name: str, context: Context) -> Found:
+    """`sslvit --help` beside importing what it stands on."""
+    stack = "import torch, torchvision, timm, faiss, omegaconf, xformers.ops"
+    commands = {
+        "ours": [sys.executable, "-m", "sslvit", "--help"],
+        "stack": [sys.executable, "-W", "ignore", "-c", stack],
+        "torch": [sys.executable, "-c", "import torch"],
+    }
+
+    def run(words: Sequence[str]) -> None:
+        subprocess.run(words, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    try:
+        run(commands["stack"])
+    except subprocess.CalledProcessError:  # xformers is absent, or built for another torch
+        commands["stack"][-1] = stack.removesuffix(", xformers.ops")
+    variants = {label: lambda words=words: run(words) for label, words in commands.items()}
+    rows = Rows(name, f"whole processes; stack: {commands['stack'][-1]}")
+    rows.timings(measure(variants, seconds=context.seconds))
+    return Found(rows.rows, {})
+
+
+WORKS: dict[str, Callable[[str, Context], Found]] = {
+    "dino_vits16": steps,
+    "dino_vitti8": steps,
+    "mae_vits16": steps,
+    "joint_vits16": joint,
+    "features": features,
+    "views_geometry": views,
+    "views_full": views,
+    "training": training,
+    "knn": neighbours,
+    "probe": heads,
+    "help": start_up,
+    "growth": growth,
+}
+
+
+# ---- the command line -----------------------------------------------------------------------------------------------
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    options = _parse(arguments)
+    rows: list[dict] = []
+    failed = False
+    for name in options.works:
+        try:
+            rows += run(name, options)
+        except ValueError as error:  # variants that do not compute the same are not compared in time
+            print(f"{name}: {error}", file=sys.stderr)
+            failed = True
+        if options.json and rows:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(options.json, json.dumps(rows, indent=1) + "\n")
+    if rows:
+        print(f"\n{markdown(rows)}")
+    return 1 if failed else 0
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--works", nargs="+", choices=WORKS, default=list(WORKS), metavar="WORK", help=", ".join(WORKS))
+    parser.add_argument("--quick", action="store_true", help="shrunken works, seconds each: a trial of everything")
+    parser.add_argument("--compiled", action="store_true", help="our steps through torch.compile as well; minutes more")
+    parser.add_argument("--minutes", type=float, help="at most, of each work; default 3, 0.1 with --quick")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="all rows, in the form of results.json; a plot beside"
+    )
+    parser.add_argument("--output-dir", type=Path, metavar="OUT", default=Path("runs/benchmark-vs-peers"))
+    options = parser.parse_args(arguments)
+    options.minutes = options.minutes or (0.1 if options.quick else 3.0)
+    return options
+
+
+def run(name: str, options: argparse.Namespace) -> list[dict]:
+    """The rows of a work: measured now, or those of the finished cell."""
+    cell = options.output_dir / "cells" / f"{name}.json"
+    settings = {key: getattr(options, key) for key in ("quick", "compiled", "minutes")}
+    settings |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    if cell.exists() and (kept := json.loads(cell.read_text()))["settings"] == settings:
+        return kept["rows"]
+    print(f"== {name}", flush=True)
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    plot = options.json.with_name(f"{options.json.stem}_growth.png") if options.json else None
+    context = Context(
+        options.quick, 60 * options.minutes, options.compiled, native_bf16("cpu"), options.output_dir, plot
+    )
+    found = WORKS[name](name, context)
+    for what, why in found.skipped.items():
+        print(f"   skipped: {what}: {why}", flush=True)
+    cell.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(cell, json.dumps({"settings": settings, "rows": found.rows}, indent=1) + "\n")
+    return found.rows
+
+
+def markdown(rows: list[dict]) -> str:
+    """Ratios with their goals, then medians, ranges and utilisation."""
+    names = [entry["name"].removeprefix("vs_peers/") for entry in rows]
+    values = dict(zip(names, (entry["value"] for entry in rows), strict=True))
+    how = dict(zip(names, (entry["protocol"] for entry in rows), strict=True))
+    lines = ["| work | beside | ratio | at least | aim | |", "|---|---|---|---|---|---|"]
+    for name in names:
+        work, peer, kind = name.rsplit("/", 2)
+        if kind in ("ratio", *LOWER_IS_BETTER):
+            least, aim = GOALS.get(name, ("", ""))
+            label = peer if kind == "ratio" else f"{peer} ({kind}, lower is better)"
+            lines.append(
+                f"| {work} | {label} | {values[name]:.2f} | {least} | {aim} | {_verdict(name, values[name])} |"
+            )
+    lines += ["", "| work | variant | seconds | utilisation | |", "|---|---|---|---|---|"]
+    for name in names:
+        work, variant, kind = name.rsplit("/", 2)
+        if kind == "seconds":
+            share = values.get(f"{work}/{variant}/utilisation")
+            told = "" if share is None else f"{share:.0%}"
+            lines.append(f"| {work} | {variant} | {values[name]:.4g} | {told} | {_spread(how[name])} |")
+    return "\n".join(lines)
+
+
+def _verdict(name: str, value: float) -> str:
+    if name not in GOALS:
+        return ""
+    least, aim = GOALS[name]
+    if name.endswith(LOWER_IS_BETTER):
+        value, least, aim = -value, -least, -aim
+    return "aim reached" if value >= aim else "reached" if value >= least else "**not reached**"
+
+
+def _spread(protocol: str) -> str:
+    """`median of 7 of 12, 1.2 s to 1.4 s` out of a protocol."""
+    return next((part.strip() for part in protocol.split(";") if part.strip().startswith("median of")), "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
