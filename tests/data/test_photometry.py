@@ -1,5 +1,7 @@
 """Colour operations against torchvision's, each alone and in every order."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torchvision.transforms.v2.functional as tv
 from torchvision.transforms import v2
 
 from sslvit.data import photometry
-from sslvit.data.config import DINO_PHOTOMETRY, PhotometryConfig
+from sslvit.data.config import DINO_PHOTOMETRY
 from sslvit.data.photometry import BLUR, BRIGHTNESS, CONTRAST, GRAYSCALE, HUE, IDENTITY, ORDER, SATURATION, SOLARIZE
 
 NO_STATISTICS = ((0.0,) * 3, (1.0,) * 3)
@@ -142,7 +144,7 @@ def test_normalize_and_the_identity_row_agree():
 def test_a_batch_is_its_images_one_by_one():
     images = torch.randint(0, 256, (12, 3, 24, 24), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
     u = np.random.default_rng(0).random((12, photometry.NUM_UNIFORMS))
-    config = PhotometryConfig(global_blur_prob=[0.5], global_solarize_prob=[0.5])
+    config = replace(DINO_PHOTOMETRY, global_blur_prob=[0.5], global_solarize_prob=[0.5])
     rows = torch.from_numpy(photometry.draw(u, config, "global", 0, 3))
     assert 0 < (rows[:, BLUR] > 0).sum() < 12 and 0 < rows[:, SOLARIZE].sum() < 12
     whole = colour(images, rows)
@@ -217,7 +219,7 @@ def test_views_are_spread_as_those_of_torchvisions_whole_chain():
     coarse = torch.rand(1200, 3, 6, 6, generator=generator)
     pictures = torch.nn.functional.interpolate(coarse, (48, 48), mode="bicubic").clamp(0, 1).mul(255).to(torch.uint8)
     u = np.random.default_rng(5).random((1200, photometry.NUM_UNIFORMS))
-    config = PhotometryConfig(global_blur_prob=[0.5], global_solarize_prob=[0.2])
+    config = replace(DINO_PHOTOMETRY, global_blur_prob=[0.5], global_solarize_prob=[0.2])
     ours = statistics(colour(pictures, torch.from_numpy(photometry.draw(u, config, "global", 0, 3))))
     torch.manual_seed(5)
     chain = v2.Compose(
