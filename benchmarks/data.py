@@ -24,14 +24,14 @@ from rounds import Probe, measure
 from torchvision import transforms as v1
 from torchvision.transforms import InterpolationMode, v2
 
-from sslvit.data.config import CropsConfig, PhotometryConfig
+from sslvit.data.config import DINO_PHOTOMETRY, CropsConfig
 from sslvit.data.decode import decode
 from sslvit.data.loader import Loader
 from sslvit.data.photometry import apply
 from sslvit.encoder.config import IMAGENET_MEAN, IMAGENET_STD
 
-JPEG_CROPS = CropsConfig(global_scale=[0.4, 1.0], num_local=8, local_size=96)
-TINY_CROPS = CropsConfig(global_scale=[0.4, 1.0], num_local=4, local_size=16)
+JPEG_CROPS = CropsConfig(num_global=2, global_scale=[0.4, 1.0], num_local=8, local_size=96)
+TINY_CROPS = CropsConfig(num_global=2, global_scale=[0.4, 1.0], num_local=4, local_size=16)
 JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
 
 
@@ -125,7 +125,7 @@ def variants(source: Jpegs, crops: CropsConfig, size: int, batch: int) -> dict[s
     """Name -> a function that makes the views of `batch` images."""
     keep = 2**30 if isinstance(source, Tiny) else 0
     geometry, full = (
-        iter(Loader(source, crops, PhotometryConfig(), size, 3, batch, seed=0, num_workers=0, cache_bytes=keep))
+        iter(Loader(source, crops, DINO_PHOTOMETRY, size, 3, batch, seed=0, num_workers=0, cache_bytes=keep))
         for _ in range(2)
     )
     pillow, tensor = dino_views(crops, size), v2_views(crops, size)

@@ -14,7 +14,7 @@ from rounds import Timing, measure
 from step_peers import OurStep, StepWork, make_batch, our_module
 from training_peers import write_jpegs
 
-from sslvit.data.config import CropsConfig, PhotometryConfig
+from sslvit.data.config import DINO_PHOTOMETRY, CropsConfig
 from sslvit.data.loader import Loader
 from sslvit.data.sources import open_source
 
@@ -46,7 +46,7 @@ def linked_folder(root: Path, count: int) -> Path:
 def listing(root: Path, counts: Sequence[int], seconds: float) -> dict[str, Curve]:
     """images_per_second of the loader, and seconds to list a folder first and to open it again, by number of files."""
     first, again, loaders = [], [], {}
-    crops = CropsConfig(global_scale=[0.4, 1.0], num_local=6, local_size=32)
+    crops = CropsConfig(num_global=2, global_scale=[0.4, 1.0], num_local=6, local_size=32)
     for count in counts:
         folder = linked_folder(root, count)
         time.sleep(SETTLED)
@@ -55,7 +55,7 @@ def listing(root: Path, counts: Sequence[int], seconds: float) -> dict[str, Curv
         again.append(min(took[1:]))
         source = open_source(f"folder:{folder}")
         assert len(source) == count
-        loader = Loader(source, crops, PhotometryConfig(), 64, 3, 32, seed=0, num_workers=0, cache_bytes=0)
+        loader = Loader(source, crops, DINO_PHOTOMETRY, 64, 3, 32, seed=0, num_workers=0, cache_bytes=0)
         stream = iter(loader)
         loaders[str(count)] = lambda stream=stream: next(stream)
     timings = measure(loaders, seconds=seconds)

@@ -4,15 +4,15 @@
         [--quick] [--json FILE] [--output-dir OUT]
 
 {DINO, iBOT, DINO+MAE, DINOv2-style} x batch {16, 64, 256} x {500, 5000, 50000} images, 300 steps each, every other
-setting left to `auto`. A run has collapsed when at its end the teacher's targets are uniform or all fall on one
-prototype, RankMe is below 1.5, k-NN is more than 2 points below the encoder's at step 0, or it was stopped. Beside
-them, at batch 64 and 5000 images, runs with teacher temperature 1.0, without centering, and with momentum 0: each
-must raise an alarm. Levels are those of sslvit/probes/alarms.py.
+setting left to `auto`. A run has collapsed when at its end the teacher's targets (of class tokens or of patches) are
+uniform, all fall on one prototype or use fewer than four, RankMe is below 1.5, k-NN is more than 2 points below the
+encoder's at step 0, or it was stopped. Beside them, at batch 64 and 5000 images, runs with teacher temperature 1.0,
+without centering, and with momentum 0: each must raise an alarm. Levels are those of sslvit/probes/alarms.py.
 
 Images are CIFAR-10 under SSLVIT_DATA, its first n of each set, or the built-in scenes. Run it again to go on: a
 finished cell is not run twice.
 Rows: `no_collapse/{runs,collapsed,same_targets,broken,alarms_missed}`, and `no_collapse/CELL/{target_entropy,
-usage_entropy,rankme,knn_gain}` of the end of each run.
+usage_entropy,dino_prototypes,ibot_prototypes,rankme,knn_gain}` of the end of each run.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from statistics import mean
 from typing import Any
 
 import sslvit
+from sslvit.config import PretrainConfig, load_config
 from sslvit.errors import InputError
-from sslvit.probes.alarms import LOSES, LOW_RANK, ONE_PROTOTYPE, SAME, UNIFORM
+from sslvit.probes.alarms import LOSES, LOW_RANK, ONE_PROTOTYPE, SAME, UNIFORM, least_prototypes
 from sslvit.run_folder import write_atomically
 
 STEPS, TAIL = 300, 0.1  # the last share of the lines is the end of a run
@@ -90,6 +91,7 @@ class Outcome:
     numbers: dict[str, float]
     alarms: list[str]
     stopped: str = ""
+    few: list[str] = field(default_factory=list)  # objectives whose targets use too few prototypes
 
     @property
     def signs(self) -> list[str]:
@@ -99,6 +101,7 @@ class Outcome:
             signs.append("uniform targets")
         if self.numbers.get("usage_entropy", 0.5) < ONE_PROTOTYPE:
             signs.append("one prototype")
+        signs += [f"few prototypes in {name}" for name in self.few]
         if self.numbers.get("rankme", 9.0) < LOW_RANK:
             signs.append("features of rank one")
         if self.numbers.get("knn_gain", 0.0) < -LOSES:
@@ -169,11 +172,14 @@ def run(cell: Cell, data: str, folder: Path) -> Outcome:
             raise
         stopped = str(error)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return outcome(rows, stopped)
+    return outcome(rows, load_config(PretrainConfig, out / "resolved.yaml"), stopped)
 
 
-def outcome(rows: list[dict[str, Any]], stopped: str = "") -> Outcome:
-    """The end of a run from its metrics.jsonl: the worse of the two objectives' entropies where there are two."""
+def outcome(rows: list[dict[str, Any]], config: PretrainConfig, stopped: str = "") -> Outcome:
+    """The end of a run from its metrics.jsonl: the worse of the two objectives' entropies where there are two.
+
+    `config` is the resolved one; it tells how many prototypes there are.
+    """
 
     def values(key: str) -> list[float]:
         return [row[key] for row in rows if isinstance(row.get(key), float) and math.isfinite(row[key])]
@@ -182,7 +188,13 @@ def outcome(rows: list[dict[str, Any]], stopped: str = "") -> Outcome:
         found = values(key)
         return [mean(found[-max(1, round(TAIL * len(found))) :])] if found else []
 
-    numbers = {}
+    numbers: dict[str, float] = {}
+    few = []
+    for name, section in (("dino", config.dino), ("ibot", config.ibot)):
+        usage = end(f"{name}/usage_entropy")
+        if section is not None and section.num_prototypes and usage:
+            numbers[f"{name}_prototypes"] = math.exp(usage[0] * math.log(section.num_prototypes))
+            few += [name] if numbers[f"{name}_prototypes"] < least_prototypes(config, name) else []
     targets, usages = ([*end(f"dino/{key}"), *end(f"ibot/{key}")] for key in ("target_entropy", "usage_entropy"))
     if targets:
         numbers |= {"target_entropy": max(targets), "usage_entropy": min(usages)}
@@ -191,7 +203,7 @@ def outcome(rows: list[dict[str, Any]], stopped: str = "") -> Outcome:
     if top1 := values("knn/top1"):
         numbers["knn_gain"] = top1[-1] - top1[0]
     alarms = [row["alarm"] for row in rows if "alarm" in row and not row["text"].startswith("over")]
-    return Outcome(numbers, list(dict.fromkeys(alarms)), stopped)
+    return Outcome(numbers, list(dict.fromkeys(alarms)), stopped, few)
 
 
 def rows_of(done: dict[Cell, Outcome], data: str, steps: int) -> list[dict[str, Any]]:

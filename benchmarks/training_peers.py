@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, read_image
 
-from sslvit.data.config import CropsConfig, PhotometryConfig
+from sslvit.data.config import DINO_PHOTOMETRY, CropsConfig
 from sslvit.data.loader import Loader, Views
 from sslvit.data.sources import open_source
 from sslvit.objectives.pretraining import Pretraining
@@ -73,7 +73,7 @@ def runs(work: StepWork, folder: Path, steps: int, workers: int) -> dict[str, Ca
 
     def open_ours() -> Iterator[tuple[Views, int]]:
         source = open_source(f"folder:{folder}")
-        return iter(Loader(source, config.crops, PhotometryConfig(), work.image, 3, work.batch, seed=0,
+        return iter(Loader(source, config.crops, DINO_PHOTOMETRY, work.image, 3, work.batch, seed=0,
                            num_workers=workers, cache_bytes=0))  # fmt: skip
 
     def open_v2() -> Iterator[list[Tensor]]:

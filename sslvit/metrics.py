@@ -128,9 +128,13 @@ class MetricsLog:
 
     def alarm(self, step: int, name: str, text: str) -> None:
         """Writes and says that something is wrong: {"step", "alarm", "text"}."""
-        if self._main:
-            self._write({"step": step, **({"stage": self.stage} if self.stage else {}), "alarm": name, "text": text})
-            self.say(f"alarm at step {step}, {name}: {text}")
+        self._note(step, {"alarm": name, "text": text})
+        self.say(f"alarm at step {step}, {name}: {text}")
+
+    def event(self, step: int, name: str, text: str) -> None:
+        """Writes and says what happened to the run itself: {"step", "event", "text"}."""
+        self._note(step, {"event": name, "text": text})
+        self.say(text)
 
     def row(self, step: int, values: Mapping[str, float]) -> None:
         """Writes the result of an evaluation at this step."""
@@ -139,6 +143,10 @@ class MetricsLog:
             self._write(row)
             self._board_add(step, row)
             self.say(_plain(row))
+
+    def _note(self, step: int, words: Mapping[str, str]) -> None:
+        if self._main:
+            self._write({"step": step, **({"stage": self.stage} if self.stage else {}), **words})
 
     def say(self, text: str) -> None:
         """One line for people: on the console and in train.log."""

@@ -298,19 +298,24 @@ class _Saver:
         progress.bad_in_a_row += 1
         told = f"step {progress.step}, samples {first} to {progress.cursor - 1}: {what}"
         progress.bad_steps = [*progress.bad_steps, told][-BAD_STEPS * ROLLBACKS :]
-        self.metrics.say(f"{told} not finite, step skipped")
+        self.metrics.event(progress.step, "skipped", f"{told} not finite, step skipped")
         if progress.bad_in_a_row < BAD_STEPS:
             return False
         target = self._last_good(progress.good_step)
         if progress.rollbacks + 1 >= ROLLBACKS:
             self._give_up(progress, target)
         kept = {name: getattr(progress, name) for name in ("skipped", "cursor", "bad_steps")}
-        rollbacks = progress.rollbacks + 1
+        reached, rollbacks = progress.step, progress.rollbacks + 1
         vars(progress).update(asdict(self.restore(target)) | kept | {"rollbacks": rollbacks, "bad_in_a_row": 0})
         self.metrics.rewind(progress.step)
         if distributed.is_main():
             drop_checkpoints_after(self.root, progress.step)
-        self.metrics.say(f"rolled back to step {progress.step}; the data go on at sample {progress.cursor}")
+        self.metrics.event(  # in the line of the first step that is made again: a resume cuts it off and gets here anew
+            progress.step + 1,
+            "rolled_back",
+            f"rolled back to step {progress.step}; the data go on at sample {progress.cursor}. {BAD_STEPS} steps in a "
+            f"row up to {reached} were not finite; should it happen again, lower optim.lr or use precision=fp32",
+        )
         return True
 
     def _give_up(self, progress: Progress, target: Path) -> NoReturn:
@@ -324,7 +329,8 @@ class _Saver:
             "the samples count in the order of the run; `sslvit check-data` looks at every image",
             f"to go on: a new run with init={run}@{target.name} and a lower optim.lr, or precision=fp32",
         ]
-        for line in report:
+        self.metrics.event(progress.step, "stopped", report[0])
+        for line in report[1:]:
             self.metrics.say(line)
         raise InputError(
             f"loss or gradient not finite {BAD_STEPS} times in a row at step {progress.step} (samples up to "
@@ -350,10 +356,12 @@ class _Saver:
         assert progress.best_step is not None
         if distributed.is_main():
             drop_checkpoints_after(self.root, progress.best_step)
-        self.metrics.say(
+        self.metrics.event(
+            progress.step,
+            "ended",
             f"{name} fell from {progress.first_value:.4f} at the start to {progress.last_value:.4f} at step "
             f"{progress.step}: the run ends and keeps step {progress.best_step}, where it was "
-            f"{progress.best_value:.4f}; lower optim.lr, or raise knn.max_drop to go on in spite of that"
+            f"{progress.best_value:.4f}; lower optim.lr, or raise knn.max_drop to go on in spite of that",
         )
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from tiff_writer import write_tiff
 
 import sslvit
 from sslvit.data import crops
-from sslvit.data.config import CropsConfig, PhotometryConfig
+from sslvit.data.config import DINO_PHOTOMETRY, CropsConfig
 from sslvit.data.decode import decode
 from sslvit.data.sources import open_source
 from sslvit.encoder.config import Preprocessing
@@ -96,7 +96,7 @@ def test_a_box_for_a_rectangle_has_its_shape() -> None:
     config = CropsConfig(num_global=1, global_scale=[0.1, 0.3], num_local=1, local_size=8, local_width=24)
     sizes = np.full((500, 2), 400)
     plans = crops.plan_views(
-        sizes, ((32, 96), (8, 24)), config, PhotometryConfig(), 3, 0, np.zeros(500, int), np.arange(500)
+        sizes, ((32, 96), (8, 24)), config, DINO_PHOTOMETRY, 3, 0, np.zeros(500, int), np.arange(500)
     )
     for plan in plans:
         aspects = plan.boxes[..., 3] / plan.boxes[..., 2]

@@ -12,6 +12,7 @@ import pytest
 import sslvit
 from sslvit.config import PretrainConfig, check_config, load_config
 from sslvit.errors import InputError
+from sslvit.objectives.config import DinoConfig, IbotConfig
 from sslvit.objectives.recipe import DataFacts, resolve
 
 FILE = Path(__file__).resolve().parent.parent / "benchmarks" / "no_collapse.py"
@@ -26,9 +27,12 @@ def script():
     return module
 
 
-def rows(target=0.4, usage=0.8, rank=20.0, top1=0.4, alarm=None):
+def rows(target=0.4, usage=0.8, rank=20.0, top1=0.4, alarm=None, patches=None):
     made = [{"step": 0, "rankme": 30.0, "knn/top1": 0.38}]
-    made += [{"step": s, "loss": 3.0, "dino/target_entropy": target, "dino/usage_entropy": usage} for s in range(1, 11)]
+    targets = {"dino/target_entropy": target, "dino/usage_entropy": usage}
+    if patches is not None:
+        targets |= {"ibot/target_entropy": 0.01, "ibot/usage_entropy": patches}
+    made += [{"step": s, "loss": 3.0, **targets} for s in range(1, 11)]
     made += [{"step": 10, "rankme": rank, "knn/top1": top1}]
     return [*made, {"step": 9, "alarm": alarm, "text": "..."}] if alarm else made
 
@@ -55,14 +59,20 @@ def test_the_matrix_is_the_whole_one_and_every_cell_is_a_config(script):
     [
         ({}, []),
         ({"target": 0.99, "usage": 0.995}, ["uniform targets"]),
-        ({"target": 0.01, "usage": 0.02}, ["one prototype"]),
+        ({"target": 0.01, "usage": 0.02}, ["one prototype", "few prototypes in dino"]),
+        ({"target": 0.01, "usage": 0.19}, ["few prototypes in dino"]),
+        ({"patches": 0.19}, ["few prototypes in ibot"]),
+        ({"patches": 0.21}, []),
         ({"rank": 1.1}, ["features of rank one"]),
         ({"top1": 0.35}, ["k-NN below random init"]),
         ({"top1": 0.365}, []),
     ],
 )
 def test_what_counts_as_collapse(script, changes, signs):
-    assert script.outcome(rows(**changes)).signs == signs
+    config = PretrainConfig(data="x", batch_size=64, dino=DinoConfig(), ibot=IbotConfig())
+    config, _ = resolve(config, DataFacts(5000, 32, 3, "cpu"))
+    assert config.dino.num_prototypes == config.ibot.num_prototypes == 1024, "4 of them in use: an entropy of .2"
+    assert script.outcome(rows(**changes), config).signs == signs
 
 
 def test_rows_are_named_as_promised_and_finished_cells_stay(script, tmp_path, monkeypatch):
@@ -72,6 +82,7 @@ def test_rows_are_named_as_promised_and_finished_cells_stay(script, tmp_path, mo
         ran.append(output_dir.name)
         output_dir.mkdir(parents=True, exist_ok=True)
         broken = "broken" in output_dir.name
+        (output_dir / "resolved.yaml").write_text("data: x\ndino: {num_prototypes: 1024}\n")
         if "ibot" in output_dir.name:
             (output_dir / "metrics.jsonl").write_text(json.dumps(rows()[0]) + "\n")
             raise InputError("not finite")

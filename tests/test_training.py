@@ -303,8 +303,10 @@ def test_a_step_that_is_not_finite_is_left_out(tmp_path: Path, kind: str) -> Non
     assert module.applied == [step for step in range(STEPS) if step != 5]
     assert_checkpoints_finite(tmp_path)
     assert checkpoint_steps(tmp_path / "checkpoints") == [s for s in range(STEPS + 1) if s != 6]  # not amid bad steps
-    assert all(torch.isfinite(torch.tensor(row["loss"])) for row in lines(tmp_path))
-    assert [row["skipped"] for row in lines(tmp_path)] == [0, 1, 1, 1]
+    trained = [row for row in lines(tmp_path) if "event" not in row]
+    assert all(torch.isfinite(torch.tensor(row["loss"])) for row in trained)
+    assert [row["skipped"] for row in trained] == [0, 1, 1, 1]
+    assert [(row["step"], row["event"]) for row in lines(tmp_path) if "event" in row] == [(6, "skipped")]
     what = "gradient of student.0.weight" if kind == "gradient" else "loss"
     assert f"step 6, samples 20 to 23: {what} not finite, step skipped" in (tmp_path / "train.log").read_text()
 
@@ -339,6 +341,8 @@ def test_three_in_a_row_roll_back_and_the_data_go_on(tmp_path: Path) -> None:
     assert [row["step"] for row in lines(tmp_path) if "loss" in row] == [2, 4, 6, 8, 10, 12]
     assert [row["step"] for row in lines(tmp_path) if "knn" in row] == [0, 4, 8, 12]
     assert "rolled back to step 4; the data go on at sample 40" in (tmp_path / "train.log").read_text()
+    told = [(row["step"], row["event"]) for row in lines(tmp_path) if "event" in row]
+    assert told == [(5, "rolled_back")], "the skipped steps themselves were undone"
 
 
 @pytest.mark.parametrize("kind", ["stop", "crash"])

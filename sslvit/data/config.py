@@ -12,8 +12,8 @@ class CropsConfig:
     The side of a global crop is `encoder.image_size` (by `encoder.image_width`). `None` is auto.
     """
 
-    num_global: int = 2
-    global_scale: list[float] | None = None  # auto: (.4, 1) with local crops, (.2, 1) without
+    num_global: int | None = None  # auto: 2; for MAE alone as many as it reconstructs
+    global_scale: list[float] | None = None  # auto: (.4, 1) with local crops, (.2, 1) for MAE alone
     num_local: int | None = None
     local_size: int | None = None  # pixels
     local_width: int | None = None  # pixels, where it is not local_size; auto: as much of image_width
@@ -30,17 +30,24 @@ class CropsConfig:
 
 @dataclass
 class PhotometryConfig:
-    """Colour operations in DINO's order and strengths; lists over global crops run first, second, (further).
+    """Colour operations in DINO's order; lists over global crops run first, second, (further).
 
-    Images that are not RGB get what means something for them: brightness, contrast and blur.
+    Images that are not RGB get what means something for them: brightness, contrast and blur. `None` is auto: DINO's
+    strengths where views are compared (DINO, iBOT), nothing for MAE alone.
     """
 
-    jitter_prob: float = 0.8
-    brightness: float = 0.4
-    contrast: float = 0.4
-    saturation: float = 0.2
-    hue: float = 0.1
-    grayscale_prob: float = 0.2
-    global_blur_prob: list[float] = field(default_factory=lambda: [1.0, 0.1])
-    local_blur_prob: float = 0.5
-    global_solarize_prob: list[float] = field(default_factory=lambda: [0.0, 0.2])
+    jitter_prob: float | None = None
+    brightness: float | None = None
+    contrast: float | None = None
+    saturation: float | None = None
+    hue: float | None = None
+    grayscale_prob: float | None = None
+    global_blur_prob: list[float] | None = None
+    local_blur_prob: float | None = None
+    global_solarize_prob: list[float] | None = None
+
+
+#: DINO's (arXiv:2104.14294, section 3.1), which are BYOL's.
+DINO_PHOTOMETRY = PhotometryConfig(0.8, 0.4, 0.4, 0.2, 0.1, 0.2, [1.0, 0.1], 0.5, [0.0, 0.2])
+#: MAE's (arXiv:2111.06377, section 4 and table 1e): crops and flips, colours as they are.
+NO_PHOTOMETRY = PhotometryConfig(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, [0.0], 0.0, [0.0])

@@ -91,7 +91,7 @@ def plan_views(
     are no squares are stretched no more than squares are.
     View v of the key counts the global views first, then the local ones.
     """
-    assert crops.num_local is not None and crops.global_scale is not None
+    assert crops.num_global and crops.num_local is not None and crops.global_scale is not None
     views = np.arange(crops.num_global + crops.num_local)
     u = uniforms(seed, epochs[:, None], samples[:, None], views, _VIEW_UNIFORMS)
     split = crops.num_global

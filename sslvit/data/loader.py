@@ -186,16 +186,16 @@ class Loader:
 
     def _new_batch(self, cursor: int) -> _Batch:
         batch, channels = self._batch_size, self._channels
-        num_local = self._crops.num_local or 0
+        num_global, num_local = self._crops.num_global or 0, self._crops.num_local or 0
         ids, epochs = self.ids_at(cursor)
 
         def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, pin_memory=self._pin_memory)
 
         views = Views(
-            empty(self._crops.num_global, batch, channels, *self._sides[0], dtype=torch.uint8),
+            empty(num_global, batch, channels, *self._sides[0], dtype=torch.uint8),
             empty(num_local, batch, channels, *self._sides[1], dtype=torch.uint8),
-            torch.empty(self._crops.num_global, batch, geometry.photometry.NUM_PARAMETERS),
+            torch.empty(num_global, batch, geometry.photometry.NUM_PARAMETERS),
             torch.empty(num_local, batch, geometry.photometry.NUM_PARAMETERS),
             torch.from_numpy(ids.copy()),
             torch.from_numpy(epochs),

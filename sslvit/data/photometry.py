@@ -42,6 +42,9 @@ def draw(uniforms: np.ndarray, config: PhotometryConfig, kind: str, view: int, c
     probabilities, the last entry standing for all further views. Images that are not RGB get brightness, contrast and
     blur: saturation, hue, grayscale and solarize (an inversion of light) mean nothing for bands of other kinds.
     """
+    assert config.jitter_prob is not None and config.hue is not None and config.grayscale_prob is not None
+    assert config.brightness is not None and config.contrast is not None and config.saturation is not None
+    assert config.global_blur_prob and config.local_blur_prob is not None and config.global_solarize_prob
     u = np.asarray(uniforms)
     rows = np.empty((*u.shape[:-1], NUM_PARAMETERS), np.float32)
     rows[...] = IDENTITY

@@ -124,7 +124,7 @@ def size_of(config: PretrainConfig) -> Size | None:
 
 def runs_of(config: PretrainConfig, size: Size) -> list[Run]:
     """The distinct passes of one step, as the objectives ask for them."""
-    every, local = config.crops.num_global, config.crops.num_local or 0
+    every, local = _required(config.crops.num_global), config.crops.num_local or 0
     full = size.patches(_required(config.encoder.image_size))
     dino, ibot, mae = config.dino, config.ibot, config.mae
     views = every if ibot is not None else min(_required(dino.num_teacher_views), every) if dino is not None else 0
@@ -161,17 +161,18 @@ def _student_views(dino: DinoConfig, every: int) -> int:
 
 def _student_tokens(config: PretrainConfig) -> int:
     """Class tokens of the student that DINO's head reads, of one image."""
-    dino = config.dino
-    return 0 if dino is None else _student_views(dino, config.crops.num_global) + (config.crops.num_local or 0)
+    dino, crops = config.dino, config.crops
+    return 0 if dino is None else _student_views(dino, _required(crops.num_global)) + (crops.num_local or 0)
 
 
 def _teacher_tokens(config: PretrainConfig) -> int:
-    return 0 if config.dino is None else min(_required(config.dino.num_teacher_views), config.crops.num_global)
+    dino, every = config.dino, _required(config.crops.num_global)
+    return 0 if dino is None else min(_required(dino.num_teacher_views), every)
 
 
 def _masked_tokens(config: PretrainConfig, ibot: IbotConfig, size: Size) -> float:
     """Masked patches of one image, on average."""
-    patches = size.patches(_required(config.encoder.image_size)) * config.crops.num_global
+    patches = size.patches(_required(config.encoder.image_size)) * _required(config.crops.num_global)
     return patches * ibot.mask_prob * (ibot.mask_ratio_min + ibot.mask_ratio_max) / 2
 
 
@@ -235,7 +236,7 @@ def _objective_flops(config: PretrainConfig, size: Size) -> float:
         length = full + size.prefix
         block = 24 * length * dim**2 + 4 * length**2 * dim
         ends = 2 * (visible + size.prefix) * size.dim * dim + 2 * (full - visible) * dim * size.patch**2 * size.channels
-        total += 3 * min(config.mae.num_views, config.crops.num_global) * (depth * block + ends)
+        total += 3 * min(config.mae.num_views, _required(config.crops.num_global)) * (depth * block + ends)
     return total
 
 
@@ -278,7 +279,7 @@ def _objective_bytes(config: PretrainConfig, size: Size, unit: int) -> float:
     if config.dino is not None:
         dino, teacher = config.dino, _teacher_tokens(config)
         tokens, prototypes = _student_tokens(config), _required(dino.num_prototypes)
-        own = min(teacher, _student_views(dino, config.crops.num_global)) if teacher > 1 else 0
+        own = min(teacher, _student_views(dino, _required(config.crops.num_global))) if teacher > 1 else 0
         pairs = teacher * tokens - own
         total += tokens * _head_bytes(dino, size.dim, unit) + 4 * prototypes * (pairs + teacher)
     if config.ibot is not None:
@@ -292,7 +293,7 @@ def _objective_bytes(config: PretrainConfig, size: Size, unit: int) -> float:
         length = full + size.prefix
         one = depth * length * _block_bytes(dim, 4 * dim, unit, False, False)
         one += (visible + size.prefix) * size.dim * unit + (full - visible) * (dim * (4 + unit) + 4 * pixels)
-        total += min(config.mae.num_views, config.crops.num_global) * one
+        total += min(config.mae.num_views, _required(config.crops.num_global)) * one
     return total
 
 
@@ -304,7 +305,7 @@ def _head_bytes(head: DinoConfig | IbotConfig, dim: int, unit: int) -> int:
 def _pixels(config: PretrainConfig) -> int:
     """Of all crops of one image, once coloured and once joined for the encoder."""
     local = config.crops.num_local or 0
-    once = config.crops.num_global * _required(config.encoder.image_size) ** 2
+    once = _required(config.crops.num_global) * _required(config.encoder.image_size) ** 2
     once += local * (_required(config.crops.local_size) ** 2 if local else 0)
     return 2 * once
 

@@ -79,6 +79,7 @@ class Pretraining(nn.Module):
         assert config.steps and config.encoder.image_size and config.encoder.patch_size
         rows, columns = (side // config.encoder.patch_size for side in config.encoder.size)
         num_global, num_local = config.crops.num_global, config.crops.num_local or 0
+        assert num_global
         own_width = self.student.embed_dim
         width = self._distilled[0].embed_dim if self._distilled else own_width
         built: dict[str, Objective] = {}

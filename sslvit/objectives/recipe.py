@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sslvit.config import PretrainConfig
+from sslvit.data.config import DINO_PHOTOMETRY, NO_PHOTOMETRY, PhotometryConfig
 from sslvit.encoder.config import EncoderConfig
 from sslvit.errors import InputError
 from sslvit.schedules import momentum_from_half_life
@@ -23,6 +24,9 @@ SMALL_BUDGET = 1_000_000
 _PROTOTYPES = ((20_000, 1024), (50_000, 2048), (100_000, 4096), (200_000, 16384), (500_000, 32768))
 _WIDTH = {"tiny": 192, "small": 384, "base": 768, "large": 1024, "giant": 1536}
 _DECODER = ((256, 128, 2, 4), (512, 256, 4, 8), (math.inf, 512, 8, 16))  # up to this width: dim, depth, heads
+
+
+STRENGTHS = ("brightness", "contrast", "saturation", "hue")  # of photometry's jitter
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ def resolve(
     _resolve_encoder(resolver, facts)
     _resolve_length(resolver, facts)
     _resolve_precision(resolver, facts)
+    _resolve_views(resolver)
     _resolve_distillation(resolver)
     _resolve_crops(resolver)
     _resolve_optim(resolver)
@@ -159,6 +164,38 @@ def _resolve_precision(resolver: _Resolver, facts: DataFacts) -> None:
         resolver.fill("compile", False, "minutes of compiling rarely pay on a CPU")
 
 
+def _compares_views(config: PretrainConfig) -> bool:
+    return config.dino is not None or config.ibot is not None
+
+
+def _resolve_views(resolver: _Resolver) -> None:
+    """Views that are compared differ in colour, too; what MAE alone reconstructs keeps its colours."""
+    config = resolver.config
+    if _compares_views(config):
+        resolver.fill("crops.num_global", 2, "DINO, section 3.1")
+        _fill_photometry(resolver, DINO_PHOTOMETRY, "DINO, section 3.1 (BYOL's): views that are compared")
+        return
+    assert config.mae is not None
+    resolver.fill("crops.num_global", config.mae.num_views, "MAE alone: the views it reconstructs")
+    colours = config.photometry
+    if colours.jitter_prob and not _strengths(colours):
+        for name in STRENGTHS:
+            resolver.fill(f"photometry.{name}", getattr(DINO_PHOTOMETRY, name), "DINO's, because jitter was asked for")
+    elif any(_strengths(colours)):
+        resolver.fill("photometry.jitter_prob", DINO_PHOTOMETRY.jitter_prob, "DINO's, because a strength was given")
+    _fill_photometry(resolver, NO_PHOTOMETRY, "MAE alone: crops and flips, no colour operations (MAE, table 1e)")
+
+
+def _strengths(colours: PhotometryConfig) -> list[float]:
+    """Those of the jitter that were given."""
+    return [value for name in STRENGTHS if (value := getattr(colours, name)) is not None]
+
+
+def _fill_photometry(resolver: _Resolver, values: PhotometryConfig, reason: str) -> None:
+    for name, value in vars(values).items():
+        resolver.fill(f"photometry.{name}", copy.copy(value), reason)
+
+
 def _resolve_distillation(resolver: _Resolver) -> None:
     """What DINO may cost: beside MAE on a small budget a masked student that both read, else the published form."""
     config = resolver.config
@@ -181,7 +218,7 @@ def _resolve_distillation(resolver: _Resolver) -> None:
             resolver.fill("dino.student_visible_ratio", 1.0, f"whole views: {why}")
         masked = config.dino.student_visible_ratio != 1
         why = "one teacher's forward is all that a masked student adds to MAE" if masked else "DINO, both global views"
-        resolver.fill("dino.num_teacher_views", 1 if masked else min(2, config.crops.num_global), why)
+        resolver.fill("dino.num_teacher_views", 1 if masked else min(2, _required(config.crops.num_global)), why)
     size = "a quarter and a half of DINO's 2048 and 256" if small else "DINO, appendix C"
     for name in ("dino", "ibot"):
         if getattr(config, name) is not None:
@@ -209,8 +246,10 @@ def _resolve_crops(resolver: _Resolver) -> None:
         resolver.fill("crops.global_scale", [0.4, 1.0], "DINO with local crops")
     elif config.dino is not None:
         resolver.fill("crops.global_scale", [0.3, 1.0], "MSN; DINO without local crops takes .14")
+    elif config.ibot is not None:
+        resolver.fill("crops.global_scale", [0.25, 1.0], "iBOT")
     else:
-        resolver.fill("crops.global_scale", [0.2, 1.0], "MAE")
+        resolver.fill("crops.global_scale", [0.2, 1.0], "MAE alone")
 
 
 def _resolve_optim(resolver: _Resolver) -> None:
@@ -276,7 +315,7 @@ def _check(config: PretrainConfig) -> None:
         if local % patch:
             near = max(patch, local // patch * patch)
             raise InputError(f"crops.local_size={local} is no multiple of encoder.patch_size={patch}; take {near}")
-    if config.dino is not None and config.crops.num_global < 2:
+    if config.dino is not None and _required(config.crops.num_global) < 2:
         raise InputError(f"dino needs two global crops, crops.num_global={config.crops.num_global}; set it to 2")
     if config.koleo is not None and config.dino is None and config.ibot is None:
         raise InputError("koleo spreads class tokens and learns nothing alone; switch on dino={} with it")

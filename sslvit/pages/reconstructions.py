@@ -39,7 +39,7 @@ def open_mae(checkpoint: Path, config: PretrainConfig) -> tuple[VisionTransforme
     patch, channels = config.encoder.patch_size, config.encoder.in_chans
     assert patch and channels
     rows, columns = (side // patch for side in config.encoder.size)
-    mae = Mae(config.mae, encoder.embed_dim, patch, (rows, columns), channels, config.crops.num_global)
+    mae = Mae(config.mae, encoder.embed_dim, patch, (rows, columns), channels, config.crops.num_global or 1)
     mae.load_state_dict(decoder)
     return encoder.eval(), mae.eval()
 

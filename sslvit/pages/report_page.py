@@ -19,6 +19,7 @@ from markupsafe import Markup
 from sslvit.pages.comparisons import Probed, SeeingTable, probed, seeing_tables, words
 from sslvit.pages.curves import Figure, pretraining_figures, stage_figures
 from sslvit.pages.data_uri import Encoding, data_uri
+from sslvit.pages.incidents import incidents, summary
 from sslvit.pages.pictures import Picture, Pictures, pretrain_config, printable
 from sslvit.pages.run_record import RunRecord, finite, last
 from sslvit.pages.svg import Bar, bar_chart, interval_mark, number, percent
@@ -32,6 +33,7 @@ MAX_BYTES = 5 * 10**6
 ENCODINGS = (Encoding(192, 84), Encoding(128, 72), Encoding(72, 55), Encoding(32, 40))
 COLOURS = {"random_init": 1, "random_encoder": 1, "pixels": 2, "blind": 2, "shuffled": 3}  # the measured one is 0
 MAX_ROWS = 1500  # of the results table
+MAX_INCIDENTS = 60
 NUM_WRONG, NUM_RIGHT, NUM_CAPTIONS = 12, 8, 6
 LONG_TEXT, LONG_ANSWER = 20_000, 600  # characters shown of a config or a list of commands; of a question or answer
 
@@ -118,6 +120,7 @@ def _context(record: RunRecord, pictures: Pictures, questions: Sequence[Asked], 
     found = probed(record.results)
     stages = {name: rows for name, rows in record.metrics.items() if name}
     config = record.config("pretrain")
+    happened = incidents(record.metrics)
     return {
         "style": Markup((files("sslvit.pages") / "report.css").read_text(encoding="utf-8")),
         "title": record.path.resolve().name,
@@ -125,6 +128,9 @@ def _context(record: RunRecord, pictures: Pictures, questions: Sequence[Asked], 
         "running": not _finished(record),
         "written": time.strftime("%Y-%m-%d %H:%M %Z"),
         "verdicts": verdicts(record),
+        "incidents": happened[:MAX_INCIDENTS],
+        "num_incidents": len(happened),
+        "incidents_summary": summary(happened, record.metrics.get("", [])),
         "probes": probe_charts(found),
         "curves": pretraining_figures(record.metrics.get("", []), config, pictures.embed_dim),
         "stages": stage_figures(stages),
@@ -196,7 +202,8 @@ def local_share(record: RunRecord) -> str:
         return ""
     crops = config.crops
     local = f" and {crops.num_local} local views of {crops.local_size} px" if crops.num_local else ""
-    return f"{crops.num_global} global views of {config.encoder.image_size} px{local}"
+    views = "view" if crops.num_global == 1 else "views"
+    return f"{crops.num_global} global {views} of {config.encoder.image_size} px{local}"
 
 
 # ---- results --------------------------------------------------------------------------------------------------------

@@ -43,8 +43,6 @@ class Alarms:
         assert config.steps
         self.config = config
         self.steps = config.steps
-        together = distributed.world_size() * config.accumulate
-        self.samples = (config.batch_size or 1) * config.crops.num_global / together  # whose targets are averaged
         self.grace = max(GRACE_STEPS, min(int(GRACE_SHARE * config.steps), MOST_GRACE))
 
     def __call__(self, row: Mapping[str, float], state: dict[str, float]) -> dict[str, str]:
@@ -115,7 +113,7 @@ class Alarms:
                 f"{self._remedy(name, section, 'one')}"
             }
         prototypes = math.exp(usage * log_k)
-        if prototypes < min(FEW, self.samples / 8):
+        if prototypes < least_prototypes(self.config, name):
             return {
                 f"{name}/few_prototypes": f"{title} is collapsing: the targets use {prototypes:.1f} of "
                 f"{section.num_prototypes} prototypes. {self._remedy(name, section, 'one')}"
@@ -203,6 +201,19 @@ class Alarms:
                 f"({self.config.optim.lr:g}), or train longer than {self.steps} steps."
             )
         return found
+
+
+def least_prototypes(config: PretrainConfig, name: str) -> float:
+    """How many prototypes healthy targets of an objective (`dino`, `ibot`) use at least: an eighth of those averaged
+    in a line, at most FEW. A line averages over the class tokens, or masked patches, of one process's micro-batch.
+    """
+    shares = distributed.world_size() * config.accumulate
+    num_targets = (config.batch_size or 1) * (config.crops.num_global or 1) / shares
+    if name == "ibot" and config.ibot is not None:
+        rows, columns = (side // (config.encoder.patch_size or 16) for side in config.encoder.size)
+        share = config.ibot.mask_prob * (config.ibot.mask_ratio_min + config.ibot.mask_ratio_max) / 2
+        num_targets *= share * rows * columns
+    return min(FEW, num_targets / 8)
 
 
 def _group(name: str) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sslvit.data.config import CropsConfig, PhotometryConfig
+from sslvit.data.config import NO_PHOTOMETRY, CropsConfig
 from sslvit.data.loader import Loader
 from sslvit.probes.features import Examples, Subset, own_array
 
@@ -27,7 +27,7 @@ def crop_batches(
     loader = Loader(
         subset,
         crops,
-        PhotometryConfig(),  # drawn but not applied
+        NO_PHOTOMETRY,
         preprocessing.size,
         preprocessing.channels,
         min(batch_size, len(rows)),

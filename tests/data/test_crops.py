@@ -11,7 +11,7 @@ from timm.data import create_transform
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
 from sslvit.data import crops
-from sslvit.data.config import CropsConfig, PhotometryConfig
+from sslvit.data.config import DINO_PHOTOMETRY, CropsConfig
 from sslvit.data.keyed import uniforms
 from sslvit.encoder.config import Preprocessing
 
@@ -100,19 +100,19 @@ def test_cut_views_is_pillows_crop_and_resize():
 def test_read_only_images_are_fine():
     image = picture()
     image.flags.writeable = False
-    crops.make_views(image, CROPS, 32, PhotometryConfig(), 0, 0, 0)
+    crops.make_views(image, CROPS, 32, DINO_PHOTOMETRY, 0, 0, 0)
 
 
 def test_make_views_shapes_and_key():
     image = picture()
-    views = crops.make_views(image, CROPS, (32, 48), PhotometryConfig(), 0, 0, 7)
+    views = crops.make_views(image, CROPS, (32, 48), DINO_PHOTOMETRY, 0, 0, 7)
     assert views.global_crops.shape == (2, 3, 32, 48) and views.local_crops.shape == (3, 3, 16, 16)
     assert views.global_photometry.shape == (2, 8) and views.local_photometry.shape == (3, 8)
-    again = crops.make_views(image, CROPS, (32, 48), PhotometryConfig(), 0, 0, 7)
+    again = crops.make_views(image, CROPS, (32, 48), DINO_PHOTOMETRY, 0, 0, 7)
     assert torch.equal(views.global_crops, again.global_crops)
     assert torch.equal(views.local_photometry, again.local_photometry)
     for other in ((1, 0, 7), (0, 1, 7), (0, 0, 8)):
-        different = crops.make_views(image, CROPS, (32, 48), PhotometryConfig(), *other)
+        different = crops.make_views(image, CROPS, (32, 48), DINO_PHOTOMETRY, *other)
         assert not torch.equal(views.global_crops, different.global_crops)
     assert not torch.equal(views.global_crops[0], views.global_crops[1])
     assert not torch.equal(views.local_crops[0], views.local_crops[1])
@@ -120,17 +120,17 @@ def test_make_views_shapes_and_key():
 
 def test_adding_local_views_leaves_the_global_ones_alone():
     few = CropsConfig(num_global=2, global_scale=[0.4, 1.0], num_local=0, local_size=16)
-    views = [crops.make_views(picture(), config, 32, PhotometryConfig(), 0, 0, 7) for config in (few, CROPS)]
+    views = [crops.make_views(picture(), config, 32, DINO_PHOTOMETRY, 0, 0, 7) for config in (few, CROPS)]
     assert torch.equal(views[0].global_crops, views[1].global_crops)
     assert views[0].local_crops.shape[0] == 0
 
 
 def test_half_of_the_views_are_flipped():
     sizes = np.full((2000, 2), 40)
-    plan, _ = crops.plan_views(sizes, SIDES, CROPS, PhotometryConfig(), 3, 0, np.zeros(2000, int), np.arange(2000))
+    plan, _ = crops.plan_views(sizes, SIDES, CROPS, DINO_PHOTOMETRY, 3, 0, np.zeros(2000, int), np.arange(2000))
     assert plan.flips.mean() == pytest.approx(0.5, abs=0.03)
-    never = CropsConfig(global_scale=[0.4, 1.0], num_local=0, horizontal_flip_prob=0.0)
-    assert not crops.plan_views(sizes, SIDES, never, PhotometryConfig(), 3, 0, np.zeros(2000, int), np.arange(2000))[
+    never = CropsConfig(num_global=2, global_scale=[0.4, 1.0], num_local=0, horizontal_flip_prob=0.0)
+    assert not crops.plan_views(sizes, SIDES, never, DINO_PHOTOMETRY, 3, 0, np.zeros(2000, int), np.arange(2000))[
         0
     ].flips.any()
 
@@ -140,11 +140,11 @@ def test_min_side_keeps_every_crop_at_least_as_large_as_its_output(shape):
     side = crops.min_side(CROPS, 32)
     height, width = (int(side * factor) for factor in shape)
     sizes = np.broadcast_to([height, width], (3000, 2))
-    plans = crops.plan_views(sizes, SIDES, CROPS, PhotometryConfig(), 3, 0, np.zeros(3000, int), np.arange(3000))
+    plans = crops.plan_views(sizes, SIDES, CROPS, DINO_PHOTOMETRY, 3, 0, np.zeros(3000, int), np.arange(3000))
     for plan, output in zip(plans, (32, 16), strict=True):
         assert plan.boxes[..., 2:].min() >= output
     smaller = np.broadcast_to([int(side * 0.6)] * 2, (3000, 2))
-    plans = crops.plan_views(smaller, SIDES, CROPS, PhotometryConfig(), 3, 0, np.zeros(3000, int), np.arange(3000))
+    plans = crops.plan_views(smaller, SIDES, CROPS, DINO_PHOTOMETRY, 3, 0, np.zeros(3000, int), np.arange(3000))
     assert min(plan.boxes[..., 2:].min() - output for plan, output in zip(plans, (32, 16), strict=True)) < 0
 
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from sslvit.data import crops, keyed, loader, workers
-from sslvit.data.config import CropsConfig, PhotometryConfig
+from sslvit.data.config import DINO_PHOTOMETRY, CropsConfig
 from sslvit.data.decode import BadFiles, BadImage
 from sslvit.data.loader import Loader, clean_batches, measure_range, measure_statistics
 from sslvit.encoder.config import Preprocessing
@@ -47,7 +47,7 @@ class Pictures:
 def make(source=None, batch_size=5, *, size=16, channels=3, **settings):
     settings = {"seed": 0, "num_workers": 0, **settings}
     return Loader(
-        Pictures() if source is None else source, CROPS, PhotometryConfig(), size, channels, batch_size, **settings
+        Pictures() if source is None else source, CROPS, DINO_PHOTOMETRY, size, channels, batch_size, **settings
     )
 
 
@@ -93,7 +93,7 @@ def test_batches_hold_what_make_views_makes_of_each_sample():
     source = Pictures()
     for views, _ in take(make(source), 6):
         for column, (sample, epoch) in enumerate(zip(views.sample_ids.tolist(), views.epochs.tolist(), strict=True)):
-            alone = crops.make_views(source.images[sample], CROPS, 16, PhotometryConfig(), 0, epoch, sample)
+            alone = crops.make_views(source.images[sample], CROPS, 16, DINO_PHOTOMETRY, 0, epoch, sample)
             assert torch.equal(views.global_crops[:, column], alone.global_crops)
             assert torch.equal(views.local_crops[:, column], alone.local_crops)
             assert torch.equal(views.global_photometry[:, column], alone.global_photometry)

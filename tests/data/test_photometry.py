@@ -1,5 +1,7 @@
 """Colour operations against torchvision's, each alone and in every order."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torchvision.transforms.v2.functional as tv
 from torchvision.transforms import v2
 
 from sslvit.data import photometry
-from sslvit.data.config import PhotometryConfig
+from sslvit.data.config import DINO_PHOTOMETRY
 from sslvit.data.photometry import BLUR, BRIGHTNESS, CONTRAST, GRAYSCALE, HUE, IDENTITY, ORDER, SATURATION, SOLARIZE
 
 NO_STATISTICS = ((0.0,) * 3, (1.0,) * 3)
@@ -142,7 +144,7 @@ def test_normalize_and_the_identity_row_agree():
 def test_a_batch_is_its_images_one_by_one():
     images = torch.randint(0, 256, (12, 3, 24, 24), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
     u = np.random.default_rng(0).random((12, photometry.NUM_UNIFORMS))
-    config = PhotometryConfig(global_blur_prob=[0.5], global_solarize_prob=[0.5])
+    config = replace(DINO_PHOTOMETRY, global_blur_prob=[0.5], global_solarize_prob=[0.5])
     rows = torch.from_numpy(photometry.draw(u, config, "global", 0, 3))
     assert 0 < (rows[:, BLUR] > 0).sum() < 12 and 0 < rows[:, SOLARIZE].sum() < 12
     whole = colour(images, rows)
@@ -154,10 +156,10 @@ def test_a_batch_is_its_images_one_by_one():
 @pytest.mark.parametrize("channels", [1, 4])
 def test_other_channel_counts_get_brightness_contrast_and_blur(channels):
     u = np.random.default_rng(1).random((200, photometry.NUM_UNIFORMS))
-    rows = torch.from_numpy(photometry.draw(u, PhotometryConfig(), "global", 0, channels))
+    rows = torch.from_numpy(photometry.draw(u, DINO_PHOTOMETRY, "global", 0, channels))
     for column, value in ((SATURATION, 1), (HUE, 0), (GRAYSCALE, 0), (SOLARIZE, 0)):
         assert (rows[:, column] == value).all()
-    rgb = photometry.draw(u, PhotometryConfig(), "global", 0, 3)
+    rgb = photometry.draw(u, DINO_PHOTOMETRY, "global", 0, 3)
     np.testing.assert_array_equal(rows[:, BLUR], rgb[:, BLUR])  # blur is no colour operation
     assert rows[:, CONTRAST].std() > 0.1 and rows[:, BRIGHTNESS].std() > 0.1
     images = muted(batch=2, channels=channels)
@@ -170,7 +172,7 @@ def test_other_channel_counts_get_brightness_contrast_and_blur(channels):
 
 def test_draw_has_the_configured_ranges_and_frequencies():
     u = np.random.default_rng(2).random((20000, photometry.NUM_UNIFORMS))
-    config = PhotometryConfig()
+    config = DINO_PHOTOMETRY
     first, second, third, local = (
         photometry.draw(u, config, *kind, 3) for kind in (("global", 0), ("global", 1), ("global", 5), ("local", 3))
     )
@@ -199,7 +201,7 @@ def test_draw_has_the_configured_ranges_and_frequencies():
 
 def test_draws_of_different_operations_are_independent():
     rows = photometry.draw(
-        np.random.default_rng(3).random((20000, photometry.NUM_UNIFORMS)), PhotometryConfig(), "global", 1, 3
+        np.random.default_rng(3).random((20000, photometry.NUM_UNIFORMS)), DINO_PHOTOMETRY, "global", 1, 3
     )
     jittered = rows[rows[:, BRIGHTNESS] != 1]
     correlation = np.corrcoef(jittered.T) - np.eye(photometry.NUM_PARAMETERS)
@@ -217,7 +219,7 @@ def test_views_are_spread_as_those_of_torchvisions_whole_chain():
     coarse = torch.rand(1200, 3, 6, 6, generator=generator)
     pictures = torch.nn.functional.interpolate(coarse, (48, 48), mode="bicubic").clamp(0, 1).mul(255).to(torch.uint8)
     u = np.random.default_rng(5).random((1200, photometry.NUM_UNIFORMS))
-    config = PhotometryConfig(global_blur_prob=[0.5], global_solarize_prob=[0.2])
+    config = replace(DINO_PHOTOMETRY, global_blur_prob=[0.5], global_solarize_prob=[0.2])
     ours = statistics(colour(pictures, torch.from_numpy(photometry.draw(u, config, "global", 0, 3))))
     torch.manual_seed(5)
     chain = v2.Compose(

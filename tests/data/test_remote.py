@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from sslvit.data import remote, tar
-from sslvit.data.config import CropsConfig, PhotometryConfig
+from sslvit.data.config import DINO_PHOTOMETRY, CropsConfig
 from sslvit.data.loader import Loader
 from sslvit.data.sources import open_source
 from sslvit.errors import InputError, Resumable
@@ -159,7 +159,7 @@ def test_shards_in_a_bucket_are_those_on_the_disk(server, local, monkeypatch):
 
 
 def stream(source, cursor=0, count=9, **settings):
-    loader = Loader(source, CROPS, PhotometryConfig(), 16, 1, 5, seed=3, num_workers=2, **settings)
+    loader = Loader(source, CROPS, DINO_PHOTOMETRY, 16, 1, 5, seed=3, num_workers=2, **settings)
     loader.seek(cursor)
     batches = iter(loader)
     taken = [next(batches) for _ in range(count)]

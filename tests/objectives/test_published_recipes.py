@@ -67,7 +67,12 @@ def test_it_is_the_published_recipe(name):
         "knn",
         "optim",
         "crops",
+        "photometry",
+        "compile",
     }
+    assert (config.photometry.jitter_prob, config.photometry.global_solarize_prob[-1]) == (
+        (0.0, 0.0) if expected["objectives"] == {"mae"} else (0.8, 0.2)
+    )
     if config.dino is not None:  # no published recipe is the small-budget form
         assert (config.dino.weight, config.dino.student_visible_ratio, config.dino.num_teacher_views) == (1.0, 1.0, 2)
         assert (config.dino.head_hidden_dim, config.dino.head_bottleneck_dim) == (2048, 256)

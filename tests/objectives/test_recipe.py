@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from sslvit.config import PretrainConfig
+from sslvit.data.config import DINO_PHOTOMETRY, NO_PHOTOMETRY
 from sslvit.encoder.config import EncoderConfig
 from sslvit.errors import InputError
 from sslvit.objectives.config import DinoConfig, IbotConfig, KoleoConfig, MaeConfig
@@ -97,6 +98,62 @@ def test_fp32_where_bf16_is_emulated():
     assert resolve(config, DataFacts(100, 64, 3, "cpu"))[0].precision == "bf16"
     resolved, reasons = resolve(config, DataFacts(100, 64, 3, "cpu", native_bf16=False))
     assert resolved.precision == "fp32" and "emulates" in reasons["precision"]
+
+
+# ---- views by objective ----------------------------------------------------------------------------------------------
+
+
+def views_of(**keys):
+    given = {key: keys.pop(key) for key in list(keys) if "." in key}
+    config = PretrainConfig(data="x", **keys)
+    for key, value in given.items():
+        section, _, name = key.partition(".")
+        setattr(getattr(config, section), name, value)
+    return resolve(config, DataFacts(50_000, 64, 3, "cpu"))
+
+
+def test_mae_alone_has_its_papers_views_crops_and_flips_without_colour():
+    resolved, reasons = views_of(mae=MaeConfig())
+    assert resolved.photometry == NO_PHOTOMETRY
+    assert (resolved.crops.num_global, resolved.crops.num_local, resolved.crops.global_scale) == (1, 0, [0.2, 1.0])
+    assert resolved.crops.horizontal_flip_prob == 0.5
+    for key in ("photometry.jitter_prob", "photometry.global_solarize_prob", "crops.num_global"):
+        assert "MAE alone" in reasons[key]
+    assert views_of(mae=MaeConfig(num_views=3))[0].crops.num_global == 3
+
+
+@pytest.mark.parametrize("other", [{"dino": DinoConfig()}, {"ibot": IbotConfig()}])
+@pytest.mark.parametrize("mae", [{}, {"mae": MaeConfig()}])
+def test_views_that_are_compared_have_dinos_colours(other, mae):
+    resolved, reasons = views_of(**other, **mae)
+    assert resolved.photometry == DINO_PHOTOMETRY and resolved.crops.num_global == 2
+    assert "compared" in reasons["photometry.jitter_prob"]
+    assert views_of(ibot=IbotConfig())[0].crops.global_scale == [0.25, 1.0], "iBOT's own"
+
+
+@pytest.mark.parametrize(
+    ("given", "jitter", "brightness", "hue"),
+    [
+        ({"photometry.brightness": 0.3}, 0.8, 0.3, 0.0),
+        ({"photometry.jitter_prob": 0.5}, 0.5, 0.4, 0.1),
+        ({"photometry.jitter_prob": 0.5, "photometry.hue": 0.2}, 0.5, 0.0, 0.2),
+        ({"photometry.jitter_prob": 0.0}, 0.0, 0.0, 0.0),
+        ({"photometry.hue": 0.0}, 0.0, 0.0, 0.0),
+    ],
+)
+def test_colours_asked_for_with_mae_alone_stand_and_take_effect(given, jitter, brightness, hue):
+    resolved, reasons = views_of(mae=MaeConfig(), **given)
+    colours = resolved.photometry
+    assert (colours.jitter_prob, colours.brightness, colours.hue) == (jitter, brightness, hue)
+    assert not set(given) & set(reasons)
+    blurred, _ = views_of(mae=MaeConfig(), **{"photometry.global_blur_prob": [0.7], "crops.num_global": 4})
+    assert blurred.photometry.global_blur_prob == [0.7] and blurred.crops.num_global == 4
+
+
+def test_no_two_configs_share_a_list():
+    first, second = (views_of(dino=DinoConfig())[0].photometry for _ in range(2))
+    assert first.global_blur_prob is not second.global_blur_prob
+    assert first.global_blur_prob is not DINO_PHOTOMETRY.global_blur_prob
 
 
 # ---- distillation by budget ------------------------------------------------------------------------------------------

@@ -93,6 +93,28 @@ def test_whole_page(tmp_path):
     assert links == {f"#{name}" for name in SECTIONS}
 
 
+def test_alarms_and_roll_backs_are_listed_with_step_and_remedy(tmp_path):
+    alarm = {"step": 120, "alarm": "dino/uniform_targets", "text": f"Lower dino.teacher_temperature. {HOSTILE}"}
+    over = {"step": 150, "alarm": "dino/uniform_targets", "text": "over: no longer so at step 150"}
+    copy = {"step": 160, "alarm": "teacher/copy", "text": "Raise optim.momentum."}
+    back = {"step": 41, "event": "rolled_back", "text": "rolled back to step 40; the data go on at sample 9"}
+    write_run(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text(lines([*pretraining_rows(skipped=3), back, alarm, over, copy]))
+    page = page_of(tmp_path)
+    words = Outline(page).words
+    assert 'href="#alarms"' in page and "<script>alert" not in page
+    assert "1 alarm at the end; 1 alarm that ended; 3 steps skipped" in words and "1 roll-back" in words
+    assert "Step 120 Alarm dino/uniform_targets over at step 150 Lower dino.teacher_temperature." in words
+    assert "Step 160 Alarm teacher/copy Raise optim.momentum." in words
+    assert "Step 41 Rolled back rolled back to step 40" in words
+
+
+def test_a_run_without_alarms_has_no_list_of_them(tmp_path):
+    write_run(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text(lines(pretraining_rows()))
+    assert "alarms" not in Outline(page_of(tmp_path)).ids
+
+
 def test_no_near_duplicates_is_said(tmp_path):
     pictures = some_pictures()
     pictures.worst = pictures.duplicates = []
