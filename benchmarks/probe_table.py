@@ -334,4 +334,4 @@ def plot(rows: list[dict], file: Path) -> None:
 
 
 def _is_control(encoder: str) -> bool:
-    return encoder == "pixels" or encoder.endswith(", random init")
+    return encoder in ("pixels", "random_init") or encoder.endswith(", random init")
