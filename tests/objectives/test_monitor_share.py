@@ -114,6 +114,7 @@ def watched(path: Path, **keys) -> tuple[Path, list[dict]]:
 
 
 def test_a_monitor_that_costs_more_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(verb, "write_run_encoders", lambda path: None)
     monkeypatch.setattr(verb, "MOST_MONITORED", 0.0)
     run, rows = watched(tmp_path / "much", steps=2, dino=None, knn={"every": 1})
     spent = [row["monitor_s"] for row in rows if "monitor_s" in row]

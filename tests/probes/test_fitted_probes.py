@@ -78,12 +78,12 @@ def test_the_chosen_regression_is_refitted_on_all_of_train():
 # ---- attentive ------------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def test_attentive_heads_are_efficient_probing_written_out():
     """2506.10178: each query attends to the patches by themselves, without keys, and pools its slice of the values."""
     heads = attentive.AttentiveHeads(2, 8, 3, seed=1)
-    with torch.no_grad():
-        for parameter in heads.parameters():
-            parameter.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
+    for parameter in heads.parameters():
+        parameter.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
     tokens = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(0))
     logits = heads(tokens)
     for h in range(2):

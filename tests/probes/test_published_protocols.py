@@ -39,7 +39,7 @@ def test_the_config_is_the_published_protocol():
 
 def test_clean_images_are_resized_to_256_and_cut_to_224():
     pixels = np.random.default_rng(0).integers(0, 256, (28, 36, 3), dtype=np.uint8)
-    image = np.asarray(Image.fromarray(pixels).resize((360, 280), Image.BICUBIC))
+    image = np.array(Image.fromarray(pixels).resize((360, 280), Image.BICUBIC))
     found = config()
     ours = geometry.eval_transform(image, Preprocessing(found.image_size, crop_pct=found.crop_pct))
     published = v2.Compose([v2.Resize(256, v2.InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(224)])
