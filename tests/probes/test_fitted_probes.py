@@ -69,8 +69,9 @@ def test_the_chosen_regression_is_refitted_on_all_of_train():
     for strength in logreg.GRID[:20]:
         part = logreg.fit_one(train[fitting], labels[fitting], strength)
         logits = torch.from_numpy(part.logits(train[choosing]))
-        right = (logits.argmax(dim=1).numpy() == labels[choosing]).mean()
-        merits[strength] = (right, -float(torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels[choosing]))))
+        targets = torch.from_numpy(labels[choosing])
+        right = float((logits.argmax(dim=1) == targets).float().mean())
+        merits[strength] = (right, -float(torch.nn.functional.cross_entropy(logits, targets)))
     best = max(merits, key=merits.__getitem__)
     assert merits[best][0] == pytest.approx(merits.get(model.strength, merits[best])[0])
 
