@@ -15,6 +15,7 @@ BENCHMARKS = {
     "equal_minutes": ("our recipes and lightly's modules, 20 minutes each on CIFAR-10, three seeds", "10 hours", []),
     "linear_probe": ("linear probes of random encoders on the built-in scenes", "5 minutes", ["--quick"]),
     "knn_million": ("k-NN among a million features beside plain torch", "20 minutes", []),
+    "cifar_fashion": ("small encoders on CIFAR-10 and Fashion-MNIST beside random init and pixels", "30 minutes", []),
     "formats": ("every encoder form in every export format, at two versions of each library", "5 minutes", []),
     "knn": ("k-NN of random encoders on the built-in scenes", "2 minutes", ["--quick"]),
     "no_collapse": ("36 runs with auto, and 12 broken on purpose that must raise the alarm", "10 hours", []),

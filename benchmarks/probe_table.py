@@ -238,7 +238,7 @@ def headline(rows: list[dict]) -> dict[tuple[str, str], dict[str, list[dict]]]:
     table: dict[tuple[str, str], dict[str, list[dict]]] = {}
     for row in rows:
         parts = row["name"].split("/")
-        control = "random_init" in parts
+        control = "random_init" in parts[1:]
         encoder = f"{parts[0]}, random init" if control else parts[0]
         metric = "/".join(part for part in parts[1:] if part != "random_init")
         if metric.count("/") == 1:
@@ -334,4 +334,4 @@ def plot(rows: list[dict], file: Path) -> None:
 
 
 def _is_control(encoder: str) -> bool:
-    return encoder == "pixels" or encoder.endswith(", random init")
+    return encoder in ("pixels", "random_init") or encoder.endswith(", random init")

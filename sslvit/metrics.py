@@ -28,7 +28,7 @@ from sslvit.utilisation import peak_flops
 
 __all__ = ["TIMING_FIELDS", "MetricsLog"]
 
-TIMING_FIELDS = frozenset({"seconds", "images_per_s", "data_wait", "mfu", "peak_memory_mib", "eta"})
+TIMING_FIELDS = frozenset({"seconds", "images_per_s", "data_wait", "mfu", "peak_memory_mib", "eta", "monitor_s"})
 WAITING = 0.3  # share of the time without data from which the loader is what limits the run
 CONSOLE_SECONDS = 10.0  # a plain log gets a line at most this often
 

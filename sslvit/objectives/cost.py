@@ -103,6 +103,13 @@ def cost(config: PretrainConfig) -> Cost | None:
     )
 
 
+def clean_flops(config: PretrainConfig) -> float:
+    """FLOPs of encoding one whole image, as an evaluation does, for a config whose `cost` is known."""
+    size = size_of(config)
+    assert size is not None
+    return _flops(Run(True, 1, size.patches(_required(config.encoder.image_size)), True), size)
+
+
 def size_of(config: PretrainConfig) -> Size | None:
     """From the timm name; given numbers win."""
     encoder = config.encoder

@@ -14,6 +14,7 @@ from sslvit.config import PretrainConfig
 from sslvit.data.config import DINO_PHOTOMETRY, NO_PHOTOMETRY, PhotometryConfig
 from sslvit.encoder.config import EncoderConfig
 from sslvit.errors import InputError
+from sslvit.objectives.cost import clean_flops, cost
 from sslvit.schedules import momentum_from_half_life
 
 LONG_RUN = 50_000  # steps
@@ -24,6 +25,12 @@ SMALL_BUDGET = 1_000_000
 _PROTOTYPES = ((20_000, 1024), (50_000, 2048), (100_000, 4096), (200_000, 16384), (500_000, 32768))
 _WIDTH = {"tiny": 192, "small": 384, "base": 768, "large": 1024, "giant": 1536}
 _DECODER = ((256, 128, 2, 4), (512, 256, 4, 8), (math.inf, 512, 8, 16))  # up to this width: dim, depth, heads
+# The monitor: at most 3% of a run's time. Encoding clean images may take MONITOR_SHARE of the run's FLOPs and decoding
+# them, once, that of DECODED_SHARE of the images seen; comparing them is little beside both.
+MONITOR_SHARE = 0.02
+DECODED_SHARE = 0.025
+EVALUATIONS = (3, 11)  # with those of step 0 and of the end
+MONITORED = (100, 1000, 5000)  # images of each set: never fewer, fewer evaluations rather than fewer, never more
 
 
 STRENGTHS = ("brightness", "contrast", "saturation", "hue")  # of photometry's jitter
@@ -81,6 +88,7 @@ def resolve(
     _resolve_optim(resolver)
     _resolve_objectives(resolver, facts)
     _check(config)
+    _resolve_monitor(resolver, facts)
     return config, resolver.reasons
 
 
@@ -135,7 +143,6 @@ def _resolve_length(resolver: _Resolver, facts: DataFacts) -> None:
     resolver.fill("encoder.init_values", 0.1 if short else 1e-5, reason)
     _resolve_start(resolver, short)
     resolver.fill("checkpoint.every", max(50, _required(resolver.config.steps) // 10), "ten a run")
-    resolver.fill("knn.every", max(50, _required(resolver.config.steps) // 10), "ten a run")
 
 
 def _resolve_start(resolver: _Resolver, short: bool) -> None:
@@ -300,6 +307,40 @@ def _resolve_objectives(resolver: _Resolver, facts: DataFacts) -> None:
         resolver.fill("mae.decoder_dim", dim, f"encoder width {width}; MAE's 512 for width 768 and above")
         resolver.fill("mae.decoder_depth", depth, f"encoder width {width}; MAE's 8 for width 768 and above")
         resolver.fill("mae.decoder_num_heads", heads, "32 channels a head")
+
+
+def _resolve_monitor(resolver: _Resolver, facts: DataFacts) -> None:
+    """As many evaluations of as many images as the monitor's share of the run pays for.
+
+    From arithmetic and not from a clock, so that a resumed run evaluates, and stops by `max_drop`, where the
+    uninterrupted one does. A run that continues from `init` takes many images before many evaluations: it stops at a
+    drop of two points, which a thousand images cannot tell from noise.
+    """
+    config = resolver.config
+    knn, steps = config.knn, _required(config.steps)
+    sets = 2 if knn.val or config.val_data else 1
+    seen = steps * _required(config.batch_size)
+    affordable = MONITOR_SHARE * seen * _worth(config) / sets  # images of each set, over all evaluations
+    least, enough, most = MONITORED
+    most = max(least, min(most, int(DECODED_SHARE * seen / sets)))
+    if knn.train is None:
+        most = min(most, facts.num_images)
+    enough = most if config.init is not None else min(enough, most)
+    if knn.every is None:
+        count = max(EVALUATIONS[0], min(EVALUATIONS[1], int(affordable / (knn.num_images or enough))))
+    else:
+        count = 1 + math.ceil(steps / knn.every) if knn.every else EVALUATIONS[1]
+    why = f"at most {MONITOR_SHARE:.0%} of the run's FLOPs"
+    resolver.fill("knn.num_images", min(most, max(least, int(affordable / count))), f"of each set: {why}")
+    resolver.fill("knn.every", max(50, math.ceil(steps / (count - 1))), f"{count} a run: {why}")
+
+
+def _worth(config: PretrainConfig) -> float:
+    """How many clean images are encoded for the FLOPs of training on one."""
+    own = copy.copy(config)
+    own.init = None  # its sizes were filled in
+    trained = cost(own)
+    return 3.0 if trained is None else trained.flops_per_image / clean_flops(own)
 
 
 def _check(config: PretrainConfig) -> None:

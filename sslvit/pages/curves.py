@@ -39,7 +39,7 @@ TITLES = {
 }
 SPEED = ("images_per_s", "data_wait", "mfu", "peak_memory_mib")
 MOST_UNPLANNED = 30  # charts of fields nobody planned for
-UNDRAWN = ("step", "stage", "seconds", "eta", "skipped", "weight_decay")
+UNDRAWN = ("step", "stage", "seconds", "eta", "skipped", "weight_decay", "monitor_s")
 STAGES = {"text": "Text", "connector": "Connector", "instruct": "Instruct"}
 
 

@@ -26,10 +26,10 @@ CONTROLS = ("random_init", "pixels")
 class KnnMonitorConfig:
     """k-NN on clean images while pretraining. Without `train` and `val` the labels of `data` and `val_data` serve."""
 
-    every: int | None = None  # steps; auto: ten times a run; 0: never
+    every: int | None = None  # steps; auto: ten times a run, or as often as 3% of its time allows; 0: never
     train: str | None = None  # data specs
     val: str | None = None
-    num_images: int = 5000  # at most this many of each
+    num_images: int | None = None  # at most this many of each; auto: 5000, or as many as 3% of the time allow
     max_drop: float | None = None  # a run whose k-NN falls this far below its start stops; auto: .02 with init, else 1
 
 

@@ -225,13 +225,19 @@ class Examples:
 
 @torch.no_grad()
 def forward_clean(module: nn.Module, pixels: Tensor, num_blocks: int, precision: str) -> list[Tokens]:
-    """Tokens of the last blocks, the last one first, in float32; the module is in evaluation mode meanwhile."""
+    """Tokens of the last blocks, the last one first, in float32; the module is in evaluation mode meanwhile.
+
+    Prefixes are copies: whoever keeps a class token would otherwise keep every patch of its batch in memory.
+    """
     was_training = module.training
     module.eval()
     with torch.autocast(pixels.device.type, torch.bfloat16, enabled=precision == "bf16"):
         layers = forward_layers(module, pixels, num_blocks)
     module.train(was_training)
-    return [Tokens(t.prefix.float(), t.patches.float(), t.has_class_token, t.normed) for t in reversed(layers)]
+    return [
+        Tokens(t.prefix.to(torch.float32, copy=True), t.patches.float(), t.has_class_token, t.normed)
+        for t in reversed(layers)
+    ]
 
 
 def default_precision(device: torch.device | str) -> str:

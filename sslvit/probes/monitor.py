@@ -6,6 +6,8 @@ each decodes and encodes its share of the images; the main one compares them.
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -28,7 +30,7 @@ class KnnMonitor:
 
     Without a validation set, or without labels in both, only health is measured. precision: None is that of `evaluate`.
     num_workers: threads that decode, None as many as in pretraining. Making it and calling it are collective; only the
-    main process gets numbers, the others {}.
+    main process gets numbers, the others {}. `seconds` is what it has taken so far, decoding included.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class KnnMonitor:
         precision: str | None = None,
         seed: int = 0,
     ) -> None:
+        began = time.monotonic()
         self.preprocessing, self.batch_size, self.precision = preprocessing, batch_size, precision
         self.train, train_labels = _decode(train_source, preprocessing, num_images, batch_size, num_workers, seed)
         self.val = self.train[:0]
@@ -52,9 +55,16 @@ class KnnMonitor:
             for name in [name for name in train_labels if name in labels]:
                 names = [source.class_names.get(name) for source in (val_source, train_source)]
                 self.labels[name] = train_labels[name], align_labels(labels[name], *names)
+        self.seconds = time.monotonic() - began
 
     def __call__(self, encoder: Encoder, step: int) -> dict[str, float]:
         """Numbers of `encoder` as it stands at `step`; its training mode is left as it was."""
+        began = time.monotonic()
+        results = self._measure(encoder, step)
+        self.seconds += time.monotonic() - began
+        return results
+
+    def _measure(self, encoder: Encoder, step: int) -> dict[str, float]:
         train = self._features(encoder, self.train)
         val = self._features(encoder, self.val) if self.labels else train[:0]
         if not distributed.is_main():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ from sslvit.run_folder import RunFolder, default_output_dir
 from sslvit.schedules import cosine, linear_warmup
 from sslvit.signals import StopFlag
 from sslvit.training import train
+
+MOST_MONITORED = 0.03  # of the time; above it the run says so
 
 
 def pretrain(
@@ -80,7 +83,9 @@ def _run(config: PretrainConfig, folder: RunFolder, device: torch.device) -> Non
     optim = resolved.optim
     groups = param_groups(module, optim.weight_decay, _required(optim.layer_decay), encoder_prefix="student.")
     optimizer = adamw(groups, lr=_required(optim.lr), betas=(optim.beta1, _required(optim.beta2)))
+    began = time.monotonic()
     monitor = _monitor(resolved, source, preprocessing)
+    metrics = _metrics(resolved, folder, loader, module)
     with StopFlag() as stop:
         train(
             module,
@@ -102,7 +107,7 @@ def _run(config: PretrainConfig, folder: RunFolder, device: torch.device) -> Non
                 "preprocessing": as_dict(preprocessing),
                 "license": None if init is None else init.license,
             },
-            metrics=_metrics(resolved, folder, loader, module),
+            metrics=metrics,
             stop=stop,
             periodic=None if monitor is None else lambda step: _judge(monitor, module, step),
             periodic_every=_required(resolved.knn.every),
@@ -111,6 +116,8 @@ def _run(config: PretrainConfig, folder: RunFolder, device: torch.device) -> Non
             prepare=module.prepare if module.needs_whole_batch else None,
             max_drop=math.inf if resolved.knn.max_drop in (None, 1.0) else resolved.knn.max_drop,
         )
+    if monitor is not None and (share := monitor.seconds / (time.monotonic() - began)) > MOST_MONITORED:
+        metrics.say(f"evaluation took {share:.0%} of the time; raise knn.every or lower knn.num_images")
     if distributed.is_main():
         bad_files.collect()
         write_run_encoders(folder.path)
@@ -285,14 +292,15 @@ def _monitor(config: PretrainConfig, source: Source, preprocessing: Preprocessin
         train_source,
         val_source,
         preprocessing,
-        num_images=config.knn.num_images,
+        num_images=_required(config.knn.num_images),
         num_workers=config.num_workers,
     )
 
 
 def _judge(monitor: KnnMonitor, module: Pretraining, step: int) -> dict[str, float]:
     with distributed.whole(module):
-        return monitor(module.judged, step)
+        values = monitor(module.judged, step)
+    return {**values, "monitor_s": round(monitor.seconds, 3)}
 
 
 def _required(value: Any) -> Any:

@@ -38,7 +38,7 @@ def test_three_ways_agree_and_finished_cells_are_kept(script, tmp_path, monkeypa
     assert rows["knn_million/ours/exact"]["value"] == 1
     assert rows["knn_million/torch/agrees"]["value"] > 0.95
     assert 0.05 < rows["knn_million/ours/top1"]["value"] < 1
-    assert rows["knn_million/torch/ratio"]["value"] > 0
+    assert rows["knn_million/torch/ratio"]["value"] > 0 and rows["knn_million/torch/cpu_ratio"]["value"] > 0
     assert "3000 x 24 features, 60 queries" in capsys.readouterr().out
 
 
