@@ -1,5 +1,6 @@
 """`sslvit pretrain` end to end on tiny runs: folders, resume after kill -9, shared passes, errors in one line."""
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -19,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sslvit
 from sslvit.config import PretrainConfig, to_yaml
+from sslvit.data.config import DINO_PHOTOMETRY
 from sslvit.data.loader import Views
 from sslvit.encoder.config import Preprocessing
 from sslvit.encoder.vit import forward_tokens
@@ -164,10 +166,11 @@ def test_wrong_input_is_one_line(tmp_path, keys, words):
 
 
 def module_and_views(**sections):
-    config = PretrainConfig(data="x", steps=10, batch_size=4, **sections)
+    """Colours are DINO's whatever the objectives, so that their losses can be compared."""
+    config = PretrainConfig(data="x", steps=10, batch_size=4, photometry=copy.deepcopy(DINO_PHOTOMETRY), **sections)
     config.encoder.name, config.encoder.depth = "vit_tiny_patch16_224", 2
     config.encoder.image_size, config.encoder.patch_size = 32, 8
-    config.crops.num_local, config.crops.local_size = 2, 16
+    config.crops.num_global, config.crops.num_local, config.crops.local_size = 2, 2, 16
     for section in (config.dino, config.ibot):
         if section is not None:
             section.num_prototypes, section.head_hidden_dim, section.head_bottleneck_dim = 16, 16, 8

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sslvit.data.config import NO_PHOTOMETRY, CropsConfig
 from sslvit.data.loader import Loader
-from sslvit.probes.features import Examples, Subset, own_array
+from sslvit.probes.features import Examples, Subset
 
 SCALE = (0.08, 1.0)
 
@@ -62,7 +62,7 @@ def two_views(examples: Examples, at_most: int, seed: int) -> tuple[np.ndarray, 
     wanted = min(at_most, len(rows))
     for crops, _ in crop_batches(examples, rows, min(256, wanted), seed, num_crops=2):
         for views, parts in zip(crops, (first, second), strict=True):
-            parts.append(own_array(examples.encode(views)[0].cls))
+            parts.append(examples.encode(views)[0].cls.cpu().numpy())
         if sum(map(len, first)) >= wanted:
             break
     return np.concatenate(first)[:wanted], np.concatenate(second)[:wanted]

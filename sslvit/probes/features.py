@@ -199,8 +199,8 @@ class Examples:
         has_class_token = False
         for layers, indices in self.tokens(self.selection, num_blocks):
             for block, tokens in zip(blocks, layers, strict=True):
-                block.append(own_array(tokens.cls if self.module is not None else tokens.patches.flatten(1)))
-            patches.append(own_array(layers[0].mean_patch))
+                block.append(_array(tokens.cls if self.module is not None else tokens.patches.flatten(1)))
+            patches.append(_array(layers[0].mean_patch))
             has_class_token = layers[0].has_class_token
             kept.append(indices)
         if not kept:
@@ -281,9 +281,8 @@ def _pixel_tokens(pixels: Tensor) -> Tokens:
     return Tokens(patches[:, :0], patches, has_class_token=False, normed=True)
 
 
-def own_array(tensor: Tensor) -> np.ndarray:
-    """float32 copy: a class token that were a view would keep all patch tokens of its batch in memory."""
-    return tensor.float().cpu().numpy().copy()
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.float().cpu().numpy()
 
 
 def _check_finite(raw: Features, source: Source) -> None:

@@ -85,8 +85,7 @@ class KnnMonitor:
         parts = [torch.zeros(0, encoder.num_features)]
         for batch in images.split(self.batch_size) if len(images) else ():
             pixels = normalize(batch.to(device), self.preprocessing.mean, self.preprocessing.std)
-            # a copy: a view of the class tokens would keep all tokens of the batch
-            parts.append(forward_clean(encoder, pixels, 1, precision)[0].cls.cpu().clone())
+            parts.append(forward_clean(encoder, pixels, 1, precision)[0].cls.cpu())
         return distributed.all_gather_cat(torch.cat(parts)).numpy()
 
 
