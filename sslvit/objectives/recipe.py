@@ -21,6 +21,10 @@ LONG_RUN = 50_000  # steps
 # Images seen. Below it MAE carries and distillation has to be cheap to earn its cost; above it DINO leads on small sets
 # (solo-learn, stable-pretraining). Where exactly the order turns is what benchmarks/equal_minutes.py measures.
 SMALL_BUDGET = 1_000_000
+# Steps: lightly-train's least momentum, .99. A teacher that changes faster than its centre (6.6 steps at .9) runs away
+# from it: all targets fall on one prototype, then the centre overshoots and they are uniform. pretrain/tiny_cpu with
+# DINO alone did both within 60 steps at a half-life of 3, and neither at 69.
+LEAST_HALF_LIFE = 69
 # lightly-train's published table for DINO: prototypes by number of images.
 _PROTOTYPES = ((20_000, 1024), (50_000, 2048), (100_000, 4096), (200_000, 16384), (500_000, 32768))
 _WIDTH = {"tiny": 192, "small": 384, "base": 768, "large": 1024, "giant": 1536}
@@ -279,28 +283,29 @@ def _resolve_optim(resolver: _Resolver) -> None:
     resolver.fill("knn.max_drop", 1.0, "from random weights k-NN may fall at first")
     alone = config.dino is None and config.ibot is None
     resolver.fill("optim.beta2", 0.95 if alone else 0.999, "MAE alone .95, else .999, as published")
-    half_life = min(88_700, max(batch, batch * steps // 20))
+    half_life = min(88_700, max(LEAST_HALF_LIFE * batch, batch * steps // 20))
     resolver.fill(
         "optim.momentum",
         round(momentum_from_half_life(half_life, batch), 6),
-        f"half-life of {half_life:,} images: DINO's .996 at 512, at most 1/20 of the run",
+        f"half-life of {half_life:,} images: DINO's .996 at 512, at most 1/20 of the run, but at least "
+        f"{LEAST_HALF_LIFE} steps, for the centre must keep up",
     )
 
 
 def _resolve_objectives(resolver: _Resolver, facts: DataFacts) -> None:
     config = resolver.config
     prototypes = next((k for limit, k in _PROTOTYPES if facts.num_images < limit), 65536)
-    share = min(1.0, max(0.0, math.log(max(facts.num_images, 1) / 20_000) / math.log(1_281_167 / 20_000)))
-    temperature = round(0.04 + 0.03 * share, 4)
+    share = min(1.0, max(0.0, (facts.num_images - 20_000) / (1_281_167 - 20_000)))
+    start, end = round(0.02 + 0.02 * share, 4), round(0.02 + 0.05 * share, 4)
     for name in ("dino", "ibot"):
         if getattr(config, name) is not None:
             if name == "ibot" and config.ibot and config.ibot.shared_head and config.dino:
                 resolver.fill("ibot.num_prototypes", config.dino.num_prototypes, "DINO's head is shared")
             resolver.fill(f"{name}.num_prototypes", prototypes, f"{facts.num_images:,} images")
-            resolver.fill(
-                f"{name}.teacher_temperature", temperature, ".04 for small sets to DINO's .07 at ImageNet's size"
-            )
-            resolver.fill(f"{name}.teacher_temperature_start", 0.04, "DINO")
+            rule = "for up to 20,000 images, linear to DINO's {} at ImageNet's 1.28 million (lightly-train)"
+            resolver.fill(f"{name}.teacher_temperature", end, ".02 " + rule.format(".07"))
+            given = getattr(config, name).teacher_temperature
+            resolver.fill(f"{name}.teacher_temperature_start", min(start, given), ".02 " + rule.format(".04"))
     if config.mae is not None:
         width = config.encoder.embed_dim or next((w for n, w in _WIDTH.items() if n in str(config.encoder.name)), 768)
         dim, depth, heads = next(row[1:] for row in _DECODER if width <= row[0])

@@ -136,6 +136,11 @@ class Alarms:
             return f"Lower {name}.center_momentum ({section.center_momentum:g}; published .9): the centre stands still."
         if momentum < COPY:
             return f"Raise optim.momentum ({momentum:g}; published .996 at batch 512): the teacher copies the student."
+        if section.centering == "softmax" and momentum < section.center_momentum:
+            return (
+                f"Raise optim.momentum ({momentum:g}; auto takes .99 and more): the teacher changes faster than its "
+                f"centre ({name}.center_momentum {section.center_momentum:g})."
+            )
         if form == "one":
             return f"Raise {name}.teacher_temperature ({temperature:g}) or use {name}.centering=sinkhorn."
         sharper = f"Lower {name}.teacher_temperature ({temperature:g}) or optim.lr ({optim.lr:g})"

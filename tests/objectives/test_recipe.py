@@ -1,6 +1,7 @@
 """The auto recipe: every number gets a value and a reason, nothing the user gave is changed, nonsense is refused."""
 
 import dataclasses
+import math
 
 import pytest
 
@@ -154,6 +155,32 @@ def test_no_two_configs_share_a_list():
     first, second = (views_of(dino=DinoConfig())[0].photometry for _ in range(2))
     assert first.global_blur_prob is not second.global_blur_prob
     assert first.global_blur_prob is not DINO_PHOTOMETRY.global_blur_prob
+
+
+# ---- the teacher's pace and temperature ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("steps", "batch", "half_life"),
+    [(60, 32, 69), (300, 16, 69), (5_000, 64, 250), (300_000, 512, 173), (100_000, 2048, 43)],
+)
+def test_the_teacher_never_outruns_its_centre(steps, batch, half_life):
+    """In steps; the centre's is 6.6. Only beyond DINO's batches does DINO's own half-life in images say less."""
+    resolved, _ = resolve(PretrainConfig(data="x", steps=steps, batch_size=batch, dino=DinoConfig()), FACTS)
+    assert -1 / math.log2(resolved.optim.momentum) == pytest.approx(half_life, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("num_images", "start", "end"),
+    [(100, 0.02, 0.02), (20_000, 0.02, 0.02), (650_583, 0.03, 0.045), (1_281_167, 0.04, 0.07), (10**8, 0.04, 0.07)],
+)
+def test_the_teachers_temperature_grows_with_the_images(num_images, start, end):
+    sections = {"dino": DinoConfig(), "ibot": IbotConfig()}
+    resolved, _ = resolve(PretrainConfig(data="x", **sections), DataFacts(num_images, 64, 3, "cpu"))
+    for section in (resolved.dino, resolved.ibot):
+        assert (section.teacher_temperature_start, section.teacher_temperature) == (start, end)
+    sharp = PretrainConfig(data="x", dino=DinoConfig(teacher_temperature=0.01))
+    assert resolve(sharp, FACTS)[0].dino.teacher_temperature_start == 0.01, "never above a given end"
 
 
 # ---- distillation by budget ------------------------------------------------------------------------------------------

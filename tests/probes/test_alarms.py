@@ -153,6 +153,10 @@ def test_memory_is_numbers_that_survive_json():
         ({"dino": {"teacher_temperature": 1.0}}, "Lower dino.teacher_temperature (1; published .04 to .07)"),
         ({"dino": {"center_momentum": 1.0}}, "the centre stands still"),
         ({"optim": {"momentum": 0.0}}, "Raise optim.momentum (0; published .996"),
+        (
+            {"optim": {"momentum": 0.8}},
+            "Raise optim.momentum (0.8; auto takes .99 and more): the teacher changes faster",
+        ),
         ({}, "dino.centering=sinkhorn"),
     ],
 )
@@ -229,8 +233,10 @@ def test_what_learns_raises_none(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_dino_alone_on_the_smallest_config_is_named_as_collapse(tmp_path):
-    """60 steps of pretrain/tiny_cpu without MAE drift to uniform targets."""
-    keys = {"config_file": "pretrain/tiny_cpu", "data": "scenes:?n=512", "mae": None}
-    out = sslvit.pretrain(output_dir=tmp_path / "run", **keys)
-    assert "DINO has collapsed" in (out / "train.log").read_text()
+@pytest.mark.parametrize("momentum", [None, 0.794])
+def test_a_teacher_that_outruns_its_centre_collapses_and_autos_does_not(tmp_path, momentum):
+    """DINO alone on pretrain/tiny_cpu, 60 steps; .794 is a twentieth of them as half-life."""
+    keys = {"config_file": "pretrain/tiny_cpu", "data": "scenes:?n=512", "mae": None, "optim": {"momentum": momentum}}
+    log = (sslvit.pretrain(output_dir=tmp_path / "run", **keys) / "train.log").read_text()
+    assert ("DINO has collapsed" in log) == (momentum is not None), log
+    assert ("faster than its centre" in log) == (momentum is not None)
