@@ -185,12 +185,24 @@ def seeing_verdict(results: Sequence[Row]) -> Verdict | None:
         return Verdict("wait", "Answers, nothing beside it", sentences)
     if all(outcomes):
         word = "It sees"
-        if "random_encoder" in others and not above(own, others["random_encoder"]):
-            sentences.append("Over a random encoder it answers as well: what it sees, it learned in alignment.")
+        sentences += _pretraining_sentences(results, own, others.get("random_encoder"))
         return Verdict("good", word, sentences)
     if any(outcomes):
         return Verdict("warn", "It sees a little", [*sentences, "Not every comparison is clear: train longer."])
     return Verdict("bad", "It does not see", [*sentences, "It answers from the words alone: train longer."])
+
+
+def _pretraining_sentences(results: Sequence[Row], own: Row, random: Row | None) -> list[str]:
+    """What the encoder brought along: paired by question where that was recorded, else by the two intervals."""
+    paired = next((row for row in results if row["name"] == "vlm/pretraining_gain" and row["ci95"] is not None), None)
+    if paired is not None and paired["ci95"][0] > 0:
+        low, high = (100 * bound for bound in paired["ci95"])
+        return [
+            f"Pretraining is worth {100 * paired['value']:.1f} points ({low:.1f} to {high:.1f}, paired by question)."
+        ]
+    if random is None or above(own, random):
+        return []
+    return ["Over a random encoder it answers as well: what it sees, it learned in alignment."]
 
 
 def _gain_sentences(gain: Row | None) -> list[str]:

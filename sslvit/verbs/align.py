@@ -52,6 +52,7 @@ from sslvit.vlm.sees import (
     gain_row,
     others_images,
     prediction_lines,
+    pretraining_rows,
     rows_of,
     set_exam,
     sit,
@@ -279,6 +280,8 @@ def record(exam: Exam, answers: dict[str, Answers], config: AlignConfig, folder:
     rows = [row for name in answers for row in rows_of(exam, answers[name], name, spec, seed, step)]
     if "blind" in answers:
         rows.append(gain_row(exam, answers[""], answers["blind"], spec, seed, step))
+    if CONTROL in answers:
+        rows += pretraining_rows(exam, answers[""], answers[CONTROL], spec, seed, step)
     if not distributed.is_main():
         return
     folder.add_results(rows)

@@ -193,16 +193,39 @@ def captions_of(exam: Exam, answers: Answers) -> tuple[list[str], list[list[str]
 
 def gain_row(exam: Exam, seeing: Answers, blind: Answers, spec: str, seed: int, step: int) -> Row:
     """`vlm/image_gain_nats`: what the true answer costs the blind model more than the seeing one, mean over turns."""
-    gains = [
-        cost - seen
-        for row, blind_row in zip(seeing.nats, blind.nats, strict=True)
-        for seen, cost in zip(row, blind_row, strict=True)
+    gain, count = _saved_nats(seeing, blind, seed)
+    protocol = f"nats of the true answer, blind model minus model; mean over {count} turns"
+    return _row("vlm/image_gain_nats", *gain, protocol, spec, seed, step)
+
+
+def pretraining_rows(exam: Exam, own: Answers, other: Answers, spec: str, seed: int, step: int) -> list[Row]:
+    """`vlm/pretraining_gain` and `_nats`: the model less the same recipe over a random encoder, answer by answer.
+
+    Paired, so that what makes a question hard for both does not widen the interval.
+    """
+    gain, count = _saved_nats(own, other, seed)
+    protocol = f"nats of the true answer, model over a random encoder minus model; mean over {count} turns"
+    rows = [_row("vlm/pretraining_gain_nats", *gain, protocol, spec, seed, step)]
+    ours, theirs = marks(exam, own).get(""), marks(exam, other).get("")
+    if ours is None or theirs is None:
+        return rows
+    (right, image), (random, _) = ours, theirs
+    protocol = f"accuracy less that over a random encoder, paired by question; n={len(right)}"
+    return [
+        _row("vlm/pretraining_gain", *mean_interval(right - random, image, seed), protocol, spec, seed, step),
+        *rows,
     ]
-    images = [image for image, row in enumerate(seeing.nats) for _ in row]
-    protocol = f"nats of the true answer, blind model minus model; mean over {len(gains)} turns"
-    return _row(
-        "vlm/image_gain_nats", *mean_interval(np.array(gains), np.array(images), seed), protocol, spec, seed, step
-    )
+
+
+def _saved_nats(own: Answers, other: Answers, seed: int) -> tuple[tuple[float, list[float]], int]:
+    """What true answers cost `other` more than `own`: mean over turns with its interval, and how many turns."""
+    gains = [
+        theirs - ours
+        for row, other_row in zip(own.nats, other.nats, strict=True)
+        for ours, theirs in zip(row, other_row, strict=True)
+    ]
+    images = [image for image, row in enumerate(own.nats) for _ in row]
+    return mean_interval(np.array(gains), np.array(images), seed), len(gains)
 
 
 def _row(name: str, value: float, ci95: list[float], protocol: str, spec: str, seed: int, step: int) -> Row:
@@ -256,6 +279,12 @@ def table(rows: Sequence[Row], families: Sequence[str], conditions: Sequence[str
         row = by_name["vlm/image_gain_nats"]
         low, high = row["ci95"]
         lines.append(f"seeing the image saves {row['value']:.3f} nats an answer (95% interval {low:.3f} to {high:.3f})")
+    if "vlm/pretraining_gain" in by_name:
+        row = by_name["vlm/pretraining_gain"]
+        low, high = (100 * bound for bound in row["ci95"])
+        lines.append(
+            f"pretraining the encoder is worth {100 * row['value']:.1f} points ({low:.1f} to {high:.1f}, paired)"
+        )
     return "\n".join(lines)
 
 

@@ -128,6 +128,13 @@ def test_a_random_encoder_that_answers_as_well_is_named():
     assert not any("answers as well" in s for s in seeing_verdict(seeing_results()).sentences)
 
 
+def test_what_pretraining_is_worth_is_told_by_pairs_where_intervals_overlap():
+    rows = [{**r, "ci95": [0.7, 0.9]} if r["name"] == "vlm/random_encoder/accuracy" else r for r in seeing_results()]
+    clear, unclear = (result("vlm/pretraining_gain", value, 0.01) for value in (0.03, 0.005))
+    assert any("worth 3.0 points" in s for s in seeing_verdict([*rows, clear]).sentences)
+    assert any("answers as well" in s for s in seeing_verdict([*rows, unclear]).sentences)
+
+
 def test_captions_alone_are_judged_by_nats():
     assert seeing_verdict([result("vlm/image_gain_nats", 0.4, 0.1)]).word == "It sees"
     assert seeing_verdict([result("vlm/image_gain_nats", 0.05, 0.1)]).word == "It does not see"

@@ -23,6 +23,7 @@ from sslvit.vlm.sees import (
     gain_row,
     others_images,
     prediction_lines,
+    pretraining_rows,
     rows_of,
     set_exam,
     sit,
@@ -123,6 +124,22 @@ def test_gain_is_what_the_blind_model_pays_more(exam):
     row = gain_row(exam, seeing, blind, "d", 0, 5)
     assert row["name"] == "vlm/image_gain_nats" and row["value"] == 1.5 and row["ci95"] == [1.5, 1.5]
     assert gain_row(exam, blind, seeing, "d", 0, 5)["value"] == -1.5
+
+
+def test_what_pretraining_is_worth_is_paired_by_question(exam):
+    own, random = said(exam, lambda t: t.answer), said(exam, lambda t: t.answer if t.family != "colour" else "no")
+    random.nats = [[1.25] * len(row) for row in random.nats]
+    rows = {row["name"]: row for row in pretraining_rows(exam, own, random, "d", 0, 5)}
+    asked = [t for turns in exam.turns for t in turns if t.family != "caption"]
+    lost = np.mean([t.family == "colour" for t in asked])
+    low, high = rows["vlm/pretraining_gain"]["ci95"]
+    assert rows["vlm/pretraining_gain"]["value"] == pytest.approx(lost) and 0 < low < lost < high
+    assert rows["vlm/pretraining_gain_nats"]["value"] == 0.25 and rows["vlm/pretraining_gain_nats"]["ci95"] == [
+        0.25,
+        0.25,
+    ]
+    same = pretraining_rows(exam, random, random, "d", 0, 5)[0]
+    assert same["value"] == 0 and same["ci95"] == [0, 0]  # unpaired intervals of the two would overlap, not vanish
 
 
 def test_a_model_that_does_not_look_raises_the_alarm(exam):
