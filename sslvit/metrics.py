@@ -110,20 +110,20 @@ class MetricsLog:
 
         Returns the line; apart from the fields about time it is the same on every process.
         """
-        averages = self._take_averages()
+        averages, timing = self._take_averages(), self._timing(step)
         row = {
             "step": step,
             **({"stage": self.stage} if self.stage else {}),
             **averages,
             **values,
-            **self._timing(step),
+            **timing,
         }
         self._window = _Window(time.monotonic())
         if self._main:
             self._write(row)
             self._board_add(step, row)
             self._show(step, row)
-        self._advise(row["data_wait"])
+        self._advise(timing["data_wait"])
         return row
 
     def alarm(self, step: int, name: str, text: str) -> None:
