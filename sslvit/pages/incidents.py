@@ -12,6 +12,7 @@ Row = dict[str, Any]
 
 EVENTS = {"skipped": "Step skipped", "rolled_back": "Rolled back", "stopped": "Stopped", "ended": "Ended early"}
 OVER = "over:"  # how the text of an alarm begins that has ended (probes/alarms.py)
+TARGETS = ("dino", "ibot")  # objectives whose targets have one alarm at a time
 MOST_SKIPPED = 20  # skipped steps that are listed one by one, beside everything else
 
 
@@ -52,6 +53,12 @@ def _count(number: int, word: str) -> str:
     return f"{number or 'no'} {word}{'' if number == 1 else 's'}"
 
 
+def _ends(name: str, alarm: str, text: str) -> bool:
+    """Whether an alarm that was raised is over with a line: called so, or because one form passes into another."""
+    group = name.partition("/")[0]
+    return name == alarm if text.startswith(OVER) else group in TARGETS and alarm.startswith(f"{group}/")
+
+
 def _of_stage(stage: str, rows: Sequence[Row]) -> list[Incident]:
     found: list[Incident] = []
     open_alarms: dict[str, int] = {}  # name -> its place in `found`
@@ -61,11 +68,11 @@ def _of_stage(stage: str, rows: Sequence[Row]) -> list[Incident]:
         alarm, event = row.get("alarm"), row.get("event")
         if not isinstance(text, str):
             continue
-        if isinstance(alarm, str) and text.startswith(OVER):
-            if alarm in open_alarms:
-                place = open_alarms.pop(alarm)
+        if isinstance(alarm, str):
+            for name in [name for name in open_alarms if _ends(name, alarm, text)]:
+                place = open_alarms.pop(name)
                 found[place] = replace(found[place], ended=step, lasting=False)
-        elif isinstance(alarm, str):
+        if isinstance(alarm, str) and not text.startswith(OVER):
             open_alarms[alarm] = len(found)
             found.append(Incident(step, f"Alarm {alarm}", text, stage, lasting=True))
         elif isinstance(event, str):

@@ -23,6 +23,16 @@ def test_an_alarm_lasts_until_it_is_called_over():
     assert [(one.step, one.lasting) for one in again] == [(60, False), (120, True)]
 
 
+def test_one_form_of_collapse_passes_into_another():
+    same = {"step": 22, "alarm": "dino/same_targets", "text": "DINO learns nothing."}
+    other = {"step": 70, "alarm": "ibot/same_targets", "text": "iBOT learns nothing."}
+    rank = {"step": 80, "alarm": "features/low_rank", "text": "one direction"}
+    alike = {"step": 81, "alarm": "features/same", "text": "nearly the same"}
+    found = incidents({"": [same, UNIFORM, other, rank, alike]})
+    assert [(one.step, one.ended, one.lasting) for one in found[:2]] == [(22, 60, False), (60, None, True)]
+    assert all(one.lasting for one in found[2:])
+
+
 def test_events_are_told_apart_and_counted():
     back = {"step": 5, "event": "rolled_back", "text": "rolled back to step 4; the data go on at sample 40"}
     found = incidents({"": [back, skip(8), UNIFORM, LINE], "text": [skip(3)]})
