@@ -8,9 +8,9 @@ steps of 128 images on the training split, and is judged by `sslvit evaluate` on
 probe on 10,000 labelled training images. joint, dino and mae are the recipes of equal_minutes.py. A training is about
 a minute of one core: the table says what that little buys, and judges the evaluation as much as the objectives.
 
-Rows: `ARM/{knn,linear}/...` on each data set and seed, `random_init/...` the same network untrained, `pixels/...` images
-as they are, and `ARM/train/cpu_seconds`. A cell is one arm on one data set with one seed; OUT/runs and OUT/cells keep
-what is finished. Without SSLVIT_DATA the script says so and measures nothing.
+Rows: `ARM/{knn,linear}/...` on each data set and seed, `random_init/...` the same network untrained, `pixels/...`
+images as they are, and `ARM/train/cpu_seconds`. A cell is one arm on one data set with one seed; OUT/runs and OUT/cells
+keep what is finished. Without SSLVIT_DATA the script says so and measures nothing.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def test_a_line_holds_the_averages_since_the_last_one(tmp_path: Path) -> None:
     assert [row["micro"] for row in found] == [25.0, 65.0, 95.0]
     assert [row["half"] for row in found] == [0.5] * 3
     assert found[1]["lr"] == pytest.approx(0.8)
-    assert found[1].keys() >= TIMING_FIELDS - {"mfu"}
+    assert found[1].keys() >= TIMING_FIELDS - {"mfu", "monitor_s"}
     assert found[1]["images_per_s"] > 0
     assert found[1]["data_wait"] > 0
     assert found[1]["peak_memory_mib"] > 10

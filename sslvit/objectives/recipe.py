@@ -34,6 +34,7 @@ _DECODER = ((256, 128, 2, 4), (512, 256, 4, 8), (math.inf, 512, 8, 16))  # up to
 MONITOR_SHARE = 0.02
 DECODED_SHARE = 0.025
 EVALUATIONS = (3, 11)  # with those of step 0 and of the end
+EVALUATE_EVERY = 50  # steps at least
 MONITORED = (100, 1000, 5000)  # images of each set: never fewer, fewer evaluations rather than fewer, never more
 
 
@@ -333,11 +334,12 @@ def _resolve_monitor(resolver: _Resolver, facts: DataFacts) -> None:
     enough = most if config.init is not None else min(enough, most)
     if knn.every is None:
         count = max(EVALUATIONS[0], min(EVALUATIONS[1], int(affordable / (knn.num_images or enough))))
+        count = min(count, 1 + math.ceil(steps / EVALUATE_EVERY))
     else:
         count = 1 + math.ceil(steps / knn.every) if knn.every else EVALUATIONS[1]
     why = f"at most {MONITOR_SHARE:.0%} of the run's FLOPs"
     resolver.fill("knn.num_images", min(most, max(least, int(affordable / count))), f"of each set: {why}")
-    resolver.fill("knn.every", max(50, math.ceil(steps / (count - 1))), f"{count} a run: {why}")
+    resolver.fill("knn.every", max(EVALUATE_EVERY, math.ceil(steps / (count - 1))), f"{count} a run: {why}")
 
 
 def _worth(config: PretrainConfig) -> float:

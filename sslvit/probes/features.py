@@ -205,7 +205,7 @@ class Examples:
             kept.append(indices)
         if not kept:
             raise InputError(f"{self.source.spec} has no readable image; `sslvit check-data` lists the reasons")
-        stacked = [np.concatenate(block) for block in blocks]
+        stacked = [np.concatenate(blocks.pop(0)) for _ in range(num_blocks)]  # one block at a time is held twice
         mean_patch = np.concatenate(patches) if has_class_token else stacked[0]
         return Features(stacked, mean_patch, has_class_token, np.concatenate(kept))
 

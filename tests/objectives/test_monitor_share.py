@@ -1,4 +1,4 @@
-"""The monitor's share of a run: at most 3% of its time, by arithmetic before it starts and by the clock where it ran."""
+"""The monitor's share of a run: at most 3% of its time, by arithmetic before it starts and by the clock after it."""
 
 import itertools
 import json

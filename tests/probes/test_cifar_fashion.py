@@ -17,6 +17,7 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(script, "ENCODER", encoder)
     monkeypatch.setattr(script, "DATASETS", {"scenes": (SCENES, f"{SCENES}&split=val")})
     monkeypatch.setattr(script, "BATCH_SIZE", 8)
+    monkeypatch.setattr("sslvit.verbs.pretrain.write_run_encoders", lambda path: None)  # seconds; the checkpoint serves
     monkeypatch.setattr(script, "QUICK", {"num_images": 30, "linear_steps": 5, "num_workers": 0})
     monkeypatch.setenv("SSLVIT_DATA", str(tmp_path))
     monkeypatch.setenv("SSLVIT_CACHE", str(tmp_path / "cache"))
