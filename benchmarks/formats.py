@@ -65,6 +65,11 @@ FORMS: dict[str, tuple[str, str, dict]] = {
     ),
     "original": ("the original ViT", "vit_tiny_patch16_224", PLAIN),
     "class_positions": ("registers and positions for all tokens", "vit_tiny_patch16_224", {**PLAIN, "reg_tokens": 4}),
+    "grey": (
+        "the default on 1 channel",
+        "vit_tiny_patch16_224",
+        model_args(EncoderConfig("", 8, 32, True, 4, 1, **TINY)),
+    ),
     "five_channels": (
         "the default on 5 channels",
         "vit_tiny_patch16_224",
