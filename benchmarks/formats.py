@@ -114,8 +114,10 @@ def encoder(form: str) -> LoadedEncoder:
         for parameter in module.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
     channels = module.patch_embed.proj.in_channels
-    mean, std = [0.1, 0.25, 0.4, 0.5, 0.6], [0.3, 0.5, 0.7, 0.8, 0.9]
-    return LoadedEncoder(module, architecture, Preprocessing(32, tuple(mean[:channels]), tuple(std[:channels])), form)
+    mean, std = (0.1, 0.25, 0.4, 0.5, 0.6)[:channels], (0.3, 0.5, 0.7, 0.8, 0.9)[:channels]
+    height, width = module.patch_embed.img_size
+    preprocessing = Preprocessing(height, mean, std, image_width=None if width == height else width)
+    return LoadedEncoder(module, architecture, preprocessing, form)
 
 
 def measure(forms: tuple[str, ...], pythons: list[str], formats: tuple[str, ...] = (*FORMATS, VLM)) -> list[dict]:
@@ -186,7 +188,7 @@ def _vlm_rows(form: str, loaded: LoadedEncoder, folder: Path, pythons: list[str]
             yield _row(form, VLM, "transformers", failed=" ".join(str(error).split()))
             continue
         for what, difference in report["max_difference"].items():
-            yield _row(form, VLM, "transformers", report["version"], f"log probabilities, {what}", value=difference)
+            yield _row(form, VLM, "transformers", report["version"], what, value=difference)
 
 
 def write_untrained_vlm(loaded: LoadedEncoder, folder: Path) -> tuple[VisionLanguage, Chat]:
@@ -227,7 +229,7 @@ def with_tables(page: str, rows: list[dict]) -> str:
 
 def tables(rows: list[dict]) -> str:
     """Forms by formats, then formats by versions of libraries, then why a cell is empty."""
-    forms = list(dict.fromkeys(row["form"] for row in rows))
+    forms = [form for form in FORMS if any(row["form"] == form for row in rows)]
     formats = [name for name in (*FORMATS, VLM) if any(row["format"] == name for row in rows)]
     lines = [f"| encoder | {' | '.join(formats)} |", "|---" * (len(formats) + 1) + "|"]
     for form in forms:
@@ -239,10 +241,20 @@ def tables(rows: list[dict]) -> str:
         own = [row for row in rows if (row["library"], row["version"]) == (library, version)]
         cells = [_cell([row for row in own if row["format"] == name]) for name in formats]
         lines.append(f"| {library} {version} | {' | '.join(cells)} |")
-    refused = dict.fromkeys((row["format"], FORMS[row["form"]][0], row["refused"]) for row in rows if "refused" in row)
     lines += ["", "| format | not for | because |", "|---|---|---|"]
-    lines += [f"| {name} | {what} | {reason.partition('; ')[0]} |" for name, what, reason in refused]
+    lines += [f"| {name} | {'; '.join(forms)} | {reason} |" for (name, reason), forms in _refused(rows).items()]
     return "\n".join(lines) + "\n"
+
+
+def _refused(rows: list[dict]) -> dict[tuple[str, str], list[str]]:
+    """(format, reason without its remedy) -> the forms it is true of."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if reason := row.get("refused"):
+            for known in (f"{row['form']}: ", f"{row['format']}: ", "a vision-language folder cannot hold it; "):
+                reason = reason.removeprefix(known)
+            found.setdefault((row["format"], reason.partition("; ")[0]), []).append(FORMS[row["form"]][0])
+    return found
 
 
 def _cell(rows: list[dict]) -> str:
