@@ -242,7 +242,10 @@ def tables(rows: list[dict]) -> str:
         cells = [_cell([row for row in own if row["format"] == name]) for name in formats]
         lines.append(f"| {library} {version} | {' | '.join(cells)} |")
     lines += ["", "| format | not for | because |", "|---|---|---|"]
-    lines += [f"| {name} | {'; '.join(forms)} | {reason} |" for (name, reason), forms in _refused(rows).items()]
+    for (name, reason), refused in _refused(rows).items():
+        others = [form for form in forms if form not in refused]
+        which = f"all but: {_names(others)}" if len(refused) > len(FORMS) // 2 else _names(refused)
+        lines.append(f"| {name} | {which} | {reason} |")
     return "\n".join(lines) + "\n"
 
 
@@ -253,8 +256,12 @@ def _refused(rows: list[dict]) -> dict[tuple[str, str], list[str]]:
         if reason := row.get("refused"):
             for known in (f"{row['form']}: ", f"{row['format']}: ", "a vision-language folder cannot hold it; "):
                 reason = reason.removeprefix(known)
-            found.setdefault((row["format"], reason.partition("; ")[0]), []).append(FORMS[row["form"]][0])
+            found.setdefault((row["format"], reason.partition("; ")[0]), []).append(row["form"])
     return found
+
+
+def _names(forms: list[str]) -> str:
+    return "; ".join(FORMS[form][0] for form in forms)
 
 
 def _cell(rows: list[dict]) -> str:

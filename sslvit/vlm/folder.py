@@ -31,6 +31,7 @@ from sslvit.vlm.stages import encoded
 
 ALLOWED_DIFFERENCE = 1e-3  # of log probabilities, fp32, after a whole language model
 ALLOWED_BEFORE_LANGUAGE = 1e-5  # of pixels and image tokens, relative to the largest
+UNREAD = "vision_tower.pooler."  # `vit` builds a pooler inside LLaVA, which reads patches
 TIMEOUT = 900  # seconds for a fresh process to open a folder and answer six questions
 
 
@@ -149,8 +150,8 @@ def compare_with_folder(
     turns = _some_turns(model, chat, images)
     theirs, facts = _reopened(folder, turns, python)
     where = f"{folder}: transformers {facts['version']}"
-    if facts["wrong_keys"]:
-        raise RuntimeError(f"{where} finds weights missing or left over: {', '.join(facts['wrong_keys'][:4])}")
+    if wrong := [name for name in facts["wrong_keys"] if UNREAD not in name]:
+        raise RuntimeError(f"{where} finds weights missing or left over: {', '.join(wrong[:4])}")
     if not facts["same_prompts"]:
         raise RuntimeError(f"{where} makes other prompts of string contents than of list contents")
     found = list(zip(turns, theirs, strict=True))

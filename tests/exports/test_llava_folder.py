@@ -220,13 +220,15 @@ def clones(tensors):
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
-def test_a_grey_encoder_too(tmp_path):
-    """One channel all the way: the folder's processor reads grey pictures, and two turns share one of them."""
-    loaded = encoder("grey")
+@pytest.mark.parametrize("form", ["grey", "original"])
+def test_other_forms_too(form, tmp_path, picture):
+    """Grey: one channel all the way, and two turns share a picture. Original: it has a pooler, which nothing reads."""
+    loaded = encoder(form)
     model, chat = write_untrained_vlm(loaded, tmp_path)
     images = PairImages(open_pairs("scenes:?n=4&size=32"), loaded.preprocessing, BadFiles(tmp_path / "bad.jsonl"))
     report = compare_with_folder(model, chat, tmp_path, images)
     assert max(report["max_difference"].values()) < 1e-4
+    assert isinstance(ask(tmp_path, image=picture, question=QUESTION), str), "of a picture in colour"
 
 
 @pytest.mark.parametrize(("form", "words"), [("rope", "rotary"), ("five_channels", "5 channels"), ("qk_norm", "keys")])
