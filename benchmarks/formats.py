@@ -65,6 +65,11 @@ FORMS: dict[str, tuple[str, str, dict]] = {
     ),
     "original": ("the original ViT", "vit_tiny_patch16_224", PLAIN),
     "class_positions": ("registers and positions for all tokens", "vit_tiny_patch16_224", {**PLAIN, "reg_tokens": 4}),
+    "grey": (
+        "the default on 1 channel",
+        "vit_tiny_patch16_224",
+        model_args(EncoderConfig("", 8, 32, True, 4, 1, **TINY)),
+    ),
     "five_channels": (
         "the default on 5 channels",
         "vit_tiny_patch16_224",
@@ -109,8 +114,10 @@ def encoder(form: str) -> LoadedEncoder:
         for parameter in module.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
     channels = module.patch_embed.proj.in_channels
-    mean, std = [0.1, 0.25, 0.4, 0.5, 0.6], [0.3, 0.5, 0.7, 0.8, 0.9]
-    return LoadedEncoder(module, architecture, Preprocessing(32, tuple(mean[:channels]), tuple(std[:channels])), form)
+    mean, std = (0.1, 0.25, 0.4, 0.5, 0.6)[:channels], (0.3, 0.5, 0.7, 0.8, 0.9)[:channels]
+    height, width = module.patch_embed.img_size
+    preprocessing = Preprocessing(height, mean, std, image_width=None if width == height else width)
+    return LoadedEncoder(module, architecture, preprocessing, form)
 
 
 def measure(forms: tuple[str, ...], pythons: list[str], formats: tuple[str, ...] = (*FORMATS, VLM)) -> list[dict]:
@@ -181,7 +188,7 @@ def _vlm_rows(form: str, loaded: LoadedEncoder, folder: Path, pythons: list[str]
             yield _row(form, VLM, "transformers", failed=" ".join(str(error).split()))
             continue
         for what, difference in report["max_difference"].items():
-            yield _row(form, VLM, "transformers", report["version"], f"log probabilities, {what}", value=difference)
+            yield _row(form, VLM, "transformers", report["version"], what, value=difference)
 
 
 def write_untrained_vlm(loaded: LoadedEncoder, folder: Path) -> tuple[VisionLanguage, Chat]:
@@ -222,7 +229,7 @@ def with_tables(page: str, rows: list[dict]) -> str:
 
 def tables(rows: list[dict]) -> str:
     """Forms by formats, then formats by versions of libraries, then why a cell is empty."""
-    forms = list(dict.fromkeys(row["form"] for row in rows))
+    forms = [form for form in FORMS if any(row["form"] == form for row in rows)]
     formats = [name for name in (*FORMATS, VLM) if any(row["format"] == name for row in rows)]
     lines = [f"| encoder | {' | '.join(formats)} |", "|---" * (len(formats) + 1) + "|"]
     for form in forms:
@@ -234,10 +241,27 @@ def tables(rows: list[dict]) -> str:
         own = [row for row in rows if (row["library"], row["version"]) == (library, version)]
         cells = [_cell([row for row in own if row["format"] == name]) for name in formats]
         lines.append(f"| {library} {version} | {' | '.join(cells)} |")
-    refused = dict.fromkeys((row["format"], FORMS[row["form"]][0], row["refused"]) for row in rows if "refused" in row)
     lines += ["", "| format | not for | because |", "|---|---|---|"]
-    lines += [f"| {name} | {what} | {reason.partition('; ')[0]} |" for name, what, reason in refused]
+    for (name, reason), refused in _refused(rows).items():
+        others = [form for form in forms if form not in refused]
+        which = f"all but: {_names(others)}" if len(refused) > len(FORMS) // 2 else _names(refused)
+        lines.append(f"| {name} | {which} | {reason} |")
     return "\n".join(lines) + "\n"
+
+
+def _refused(rows: list[dict]) -> dict[tuple[str, str], list[str]]:
+    """(format, reason without its remedy) -> the forms it is true of."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if reason := row.get("refused"):
+            for known in (f"{row['form']}: ", f"{row['format']}: ", "a vision-language folder cannot hold it; "):
+                reason = reason.removeprefix(known)
+            found.setdefault((row["format"], reason.partition("; ")[0]), []).append(row["form"])
+    return found
+
+
+def _names(forms: list[str]) -> str:
+    return "; ".join(FORMS[form][0] for form in forms)
 
 
 def _cell(rows: list[dict]) -> str:

@@ -38,12 +38,16 @@ def test_tables():
     value = formats._row("ours", "timm", "timm", "1", "at 32x32", value=2e-7)
     zero = formats._row("ours", "hf", "transformers", "5", "at 32x32", value=0.0)
     refused = formats._row("rope", "hf", refused="rotary; export timm")
-    text = formats.tables([value, zero, refused])
-    assert "| class token, 4 registers (the default) | 2e-07 | 0 |" in text
-    assert (
-        "| rotary positions (DINOv3) |  | refused |" in text and "| hf | rotary positions (DINOv3) | rotary |" in text
-    )
-    assert "| timm 1 | 2e-07 |  |" in text
+    same = [
+        formats._row(form, "llava", refused=f"{form}: a vision-language folder cannot hold it; no class; export timm")
+        for form in ("rope", "qk_norm")
+    ]
+    text = formats.tables([value, zero, refused, *same])
+    assert "| class token, 4 registers (the default) | 2e-07 | 0 |  |" in text
+    assert "| rotary positions (DINOv3) |  | refused | refused |" in text
+    assert "| hf | rotary positions (DINOv3) | rotary |" in text
+    assert "| llava | rotary positions (DINOv3); normalised queries and keys | no class |" in text
+    assert "| timm 1 | 2e-07 |  |  |" in text
 
 
 @pytest.mark.slow

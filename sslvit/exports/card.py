@@ -19,19 +19,12 @@ LOADING = {
 import timm, torch
 model = timm.create_model("local-dir:{path}", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_data_config({{}}, model=model))
-features = model(torch.zeros(1, {channels}, {size}, {size}))  # (1, {dim})
+features = model(torch.zeros(1, {channels}, {height}, {width}))  # (1, {dim})
 ```
 
 ```python
 from transformers import AutoModel
 model = AutoModel.from_pretrained("{path}")
-```
-
-```python
-from open_clip import CLIP
-vision = dict(timm_model_name="local-dir:{path}", timm_model_pretrained=True, timm_proj="none", image_size={size})
-text = dict(context_length=77, vocab_size=49408, width=512, heads=8, layers=12)
-model = CLIP(embed_dim={dim}, vision_cfg=vision | dict(timm_pool="{pool}"), text_cfg=text)  # a new text tower
 ```
 """,
     "hf": """\
@@ -53,7 +46,7 @@ model = open_clip.create_model("local-dir:{path}", pretrained_image=True)  # our
 ```python
 import numpy, onnxruntime
 session = onnxruntime.InferenceSession("{path}/encoder.onnx")
-tokens, features = session.run(None, {{"images": numpy.zeros((1, {channels}, {size}, {size}), numpy.float32)}})
+tokens, features = session.run(None, {{"images": numpy.zeros((1, {channels}, {height}, {width}), numpy.float32)}})
 ```
 """,
     "safetensors": """\
@@ -64,6 +57,14 @@ tensors = load_file("{path}/encoder.safetensors")  # timm's key names; the heade
 """,
 }
 LOADING["siglip"] = LOADING["hf"]
+TIMM_IN_OPEN_CLIP = """
+```python
+from open_clip import CLIP
+vision = dict(timm_model_name="local-dir:{path}", timm_model_pretrained=True, timm_proj="none", image_size={size})
+text = dict(context_length=77, vocab_size=49408, width=512, heads=8, layers=12)
+model = CLIP(embed_dim={dim}, vision_cfg=vision | dict(timm_pool="{pool}"), text_cfg=text)  # a new text tower
+```
+"""
 
 
 #: The papers behind the objectives of a run.
@@ -125,9 +126,10 @@ def _what(loaded: LoadedEncoder, facts: Mapping[str, Any]) -> str:
         config.num_registers
     )
     prefix = " and ".join(tokens)
+    channels = "1 channel" if config.in_chans == 1 else f"{config.in_chans} channels"
     lines = [
         f"A vision transformer: {config.depth} blocks of width {config.embed_dim} with {config.num_heads} heads, "
-        f"patches of {config.patch_size} px, {config.in_chans} channels, {prefix or 'no class token, no registers'}.",
+        f"patches of {config.patch_size} px, {channels}, {prefix or 'no class token, no registers'}.",
         "",
     ]
     known = {
@@ -161,10 +163,13 @@ def hardware(environment: Any) -> str | None:
 
 def _loading(loaded: LoadedEncoder, name: str, path: str) -> str:
     is_vit = name == "hf" and hf_class(loaded.module) == "vit"
-    return LOADING[name].format(
+    channels, (height, width) = loaded.preprocessing.channels, loaded.preprocessing.size
+    return (LOADING[name] + TIMM_IN_OPEN_CLIP * (name == "timm" and channels == 3)).format(
         path=path,
-        channels=loaded.preprocessing.channels,
-        size=loaded.preprocessing.image_size,
+        channels=channels,
+        height=height,
+        width=width,
+        size=height if height == width else (height, width),
         dim=loaded.module.num_features,
         pool=loaded.module.global_pool,
         options=", add_pooling_layer=False" if is_vit else "",
@@ -231,10 +236,10 @@ def _limits(loaded: LoadedEncoder, name: str) -> str:
             "transformers resizes the positions of this class without antialiasing: the differences above hold at the "
             "native size only. At other sizes use the timm folder."
         )
-    if loaded.preprocessing.channels != 3:
-        lines.append(
-            f"It expects {loaded.preprocessing.channels} channels; image processors of other libraries read RGB."
-        )
+    if (count := loaded.preprocessing.channels) == 1:
+        lines.append('It expects grey images, one channel: `image.convert("L")`.')
+    elif count != 3:
+        lines.append(f"It expects {count} channels; image processors of other libraries read RGB.")
     return "\n\n".join(lines) + "\n"
 
 

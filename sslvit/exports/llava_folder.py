@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sslvit.encoder.config import Preprocessing
@@ -21,7 +23,9 @@ from sslvit.errors import InputError
 from sslvit.exports.files import write_json, write_tensors
 from sslvit.exports.hf_folder import hf_class
 from sslvit.exports.processor import image_processor_config
+from sslvit.exports.verify import VerificationError
 
+WEIGHTS = "model.safetensors"
 _NOT_THE_MODEL = frozenset(  # keys of every transformers config that say nothing about this language model
     {"transformers_version", "dtype", "torch_dtype", "attn_implementation", "output_hidden_states"}
     | {"output_attentions", "return_dict", "chunk_size_feed_forward", "is_encoder_decoder", "problem_type"}
@@ -68,17 +72,33 @@ def write_llava_folder(
     `vision` and `language` are (config, tensors) as transformers names them; `connector` holds `linear_1.*` and
     `linear_2.*`. Tensors are written as they are.
     """
-    vision_config, vision_tensors = vision
-    text_config, language_tensors = language
-    tensors = {f"vision_tower.{name}": tensor for name, tensor in vision_tensors.items()}
-    tensors |= {f"multi_modal_projector.{name}": tensor for name, tensor in connector.items()}
-    tensors |= {f"language_model.{name}": tensor for name, tensor in language_tensors.items()}
-    write_tensors(folder / "model.safetensors", tensors)
+    (vision_config, vision_tensors), (text_config, language_tensors) = vision, language
+    tensors = llava_tensors(vision_tensors, connector, language_tensors)
+    write_tensors(folder / WEIGHTS, tensors)
+    compare_weights(folder, tensors)
     write_json(folder / "config.json", llava_config(vision_config, text_config, writing, preprocessing))
     write_json(folder / "generation_config.json", _generation_config(writing))
     _write_processor(folder, vision_config, preprocessing)
     _write_tokenizer(folder, writing)
     (folder / "chat_template.jinja").write_text(writing.template, encoding="utf-8")
+
+
+def llava_tensors(
+    vision: Mapping[str, Tensor], connector: Mapping[str, Tensor], language: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """All tensors of the folder under the names transformers gives them there."""
+    parts = {"vision_tower": vision, "multi_modal_projector": connector, "language_model": language}
+    return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+
+
+def compare_weights(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """VerificationError unless the folder, read back, holds exactly these tensors, each bit for bit in fp32."""
+    written = load_file(folder / WEIGHTS)
+    if strange := sorted(written.keys() ^ tensors.keys()):
+        raise VerificationError(f"{folder.name}: weights missing or left over: {', '.join(strange[:4])}")
+    for name, tensor in tensors.items():
+        if not torch.equal(written[name], tensor.detach().cpu().float()):
+            raise VerificationError(f"{folder.name}: {name} is not bit for bit what was trained")
 
 
 def llava_config(

@@ -21,10 +21,9 @@ TEXT = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "la
 
 def check_open_clip(loaded: LoadedEncoder) -> None:
     """InputError with the reason when open_clip cannot use the encoder as it is."""
-    if loaded.preprocessing.channels != 3:
-        raise InputError(
-            f"open_clip reads RGB images, and the encoder expects {loaded.preprocessing.channels} channels"
-        )
+    if (count := loaded.preprocessing.channels) != 3:
+        expects = "grey images" if count == 1 else f"{count} channels"
+        raise InputError(f"open_clip reads RGB images, and the encoder expects {expects}")
 
 
 def write_open_clip_folder(loaded: LoadedEncoder, folder: Path) -> None:
@@ -50,11 +49,12 @@ def with_tower(config: dict[str, Any], name: str) -> dict[str, Any]:
 def open_clip_config(loaded: LoadedEncoder, tower: Path) -> dict[str, Any]:
     """Features pass through unprojected (`timm_proj: none`), pooled as timm pools them."""
     preprocessing = loaded.preprocessing
+    height, width = preprocessing.size
     return {
         "model_cfg": {
             "embed_dim": loaded.module.num_features,
             "vision_cfg": {
-                "image_size": preprocessing.image_size,
+                "image_size": height if height == width else [height, width],
                 "timm_model_name": f"local-dir:{tower.resolve()}",
                 "timm_model_pretrained": True,
                 "timm_pool": loaded.module.global_pool,

@@ -18,7 +18,8 @@ def image_processor_config(preprocessing: Preprocessing) -> dict[str, Any]:
     height, width = preprocessing.size
     resized = {name: math.floor(side / preprocessing.crop_pct) for name, side in (("height", height), ("width", width))}
     return {
-        "image_processor_type": "BitImageProcessor",
+        # transformers 4 has two, and only the one called fast reads grey pictures; version 5 takes either name
+        "image_processor_type": "BitImageProcessorFast" if preprocessing.channels == 1 else "BitImageProcessor",
         "do_resize": True,
         "size": {"shortest_edge": resized["height"]} if height == width else resized,
         "resample": RESAMPLE[preprocessing.interpolation],

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -24,21 +25,18 @@ Outputs = dict[str, Tensor]  # "tokens/64x64" (B, P + N, D), "features/64x64" (B
 def with_timm(folder: Path, images: Images, picture: Tensor) -> tuple[Outputs, dict[str, Any]]:
     """`timm.create_model("local-dir:...")` and its own transform."""
     import timm
-    from PIL import Image
 
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     outputs = _run_timm(model, images)
     config = timm.data.resolve_data_config({}, model=model)
-    if picture.shape[-1] == 3:
-        transform = timm.data.create_transform(**config, is_training=False)
-        outputs["pixels"] = transform(Image.fromarray(picture.numpy()))
+    if (image := _as_image(picture)) is not None:
+        outputs["pixels"] = timm.data.create_transform(**config, is_training=False)(image)
     return outputs, _facts("timm", timm.__version__, config["mean"], config["std"])
 
 
 def with_transformers(folder: Path, images: Images, picture: Tensor) -> tuple[Outputs, dict[str, Any]]:
     """`AutoModel` and `AutoImageProcessor`. Weights the class wants and the folder lacks are named."""
     import transformers
-    from PIL import Image
 
     transformers.logging.set_verbosity_error()
     kind = json.loads((folder / "config.json").read_text()).get("model_type")
@@ -51,22 +49,24 @@ def with_transformers(folder: Path, images: Images, picture: Tensor) -> tuple[Ou
         outputs[f"tokens/{size}"] = out.last_hidden_state
         if kind is None:  # timm's pooling; what the other classes pool is their own affair
             outputs[f"features/{size}"] = out.pooler_output
-    if picture.shape[-1] == 3:
+    if (image := _as_image(picture)) is not None:
         processor = transformers.AutoImageProcessor.from_pretrained(folder)
-        outputs["pixels"] = processor(Image.fromarray(picture.numpy()), return_tensors="pt")["pixel_values"][0]
+        outputs["pixels"] = processor(image, return_tensors="pt")["pixel_values"][0]
     facts = _facts("transformers", transformers.__version__, config["image_mean"], config["image_std"])
     wrong = [*loading["missing_keys"], *loading["unexpected_keys"], *loading["mismatched_keys"]]
     return outputs, facts | {"wrong_keys": sorted(map(str, wrong))}
 
 
 def with_open_clip(folder: Path, images: Images, picture: Tensor) -> tuple[Outputs, dict[str, Any]]:
-    """The image tower of `open_clip.create_model`, weights included."""
+    """The image tower of `open_clip.create_model_and_transforms`, weights included, and its transform."""
     import open_clip
 
-    model = open_clip.create_model(f"local-dir:{folder}", pretrained_image=True).eval()
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}", pretrained_image=True)
+    model.eval()
     outputs = _run_timm(model.visual.trunk, images)
     for size, batch in images.items():
         outputs[f"features/{size}"] = model.encode_image(batch)
+    outputs["pixels"] = transform(_as_image(picture))
     used = model.visual.preprocess_cfg
     return outputs, _facts("open_clip", open_clip.__version__, used["mean"], used["std"])
 
@@ -124,6 +124,11 @@ def _run(check: dict[str, Any], images: Images, picture: Tensor) -> tuple[Output
         return LIBRARIES[check["library"]](Path(check["folder"]), images, picture)
     except Exception as error:  # whatever a library raises is what there is to say about the folder
         return {}, {"error": " ".join(f"{type(error).__name__}: {error}".split())[:400]}
+
+
+def _as_image(picture: Tensor) -> Image.Image | None:
+    """A picture (H, W, C) as libraries' transforms take it; None where it is neither grey nor RGB."""
+    return Image.fromarray(picture.squeeze(-1).numpy()) if picture.shape[-1] in (1, 3) else None
 
 
 def _run_timm(model: Any, images: Images) -> Outputs:

@@ -57,7 +57,11 @@ def vlm_card(
 
 
 def _checked(report: Mapping[str, Any]) -> str:
-    lines = ["Reopened in a fresh process and compared with the network that was trained, by log probabilities.", ""]
+    lines = [
+        "Reopened in a fresh process and compared with the network that was trained: every weight bit for bit, the "
+        "tokens it makes of images, and the log probabilities of answers.",
+        "",
+    ]
     lines += ["| library | what | maximum difference |", "|---|---|---|"]
     for what, difference in report["max_difference"].items():
         lines.append(f"| {report['library']} {report['version']} | {what} | {difference:.2g} |")

@@ -224,7 +224,7 @@ def write_vlm(shop: Workshop, encoder: LoadedEncoder, model: VisionLanguage, cha
     shutil.rmtree(path, ignore_errors=True)
     partial.rename(path)
     found = ", ".join(f"{difference:.1e} ({what})" for what, difference in checked["max_difference"].items())
-    print(f"{path}: transformers opens it; largest differences of log probabilities {found}")
+    print(f"{path}: transformers opens it; largest differences {found}")
 
 
 def write_card(shop: Workshop, encoder: LoadedEncoder, vlm: Path) -> None:

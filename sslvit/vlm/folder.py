@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sslvit.data.photometry import normalize
 from sslvit.errors import InputError
 from sslvit.vlm.batches import PairImages, draw_turns, tokenize
 from sslvit.vlm.blocks import lay_out
@@ -28,7 +29,9 @@ from sslvit.vlm.chat import Chat
 from sslvit.vlm.model import VisionLanguage
 from sslvit.vlm.stages import encoded
 
-ALLOWED_DIFFERENCE = 1e-3  # of log probabilities, fp32
+ALLOWED_DIFFERENCE = 1e-3  # of log probabilities, fp32, after a whole language model
+ALLOWED_BEFORE_LANGUAGE = 1e-5  # of pixels and image tokens, relative to the largest
+UNREAD = "vision_tower.pooler."  # `vit` builds a pooler inside LLaVA, which reads patches
 TIMEOUT = 900  # seconds for a fresh process to open a folder and answer six questions
 
 
@@ -139,30 +142,51 @@ def compare_with_folder(
 ) -> dict[str, Any]:
     """What transformers, in a fresh process of `python`, makes of `folder` against the network, on a few turns.
 
-    The report holds the largest differences of log probabilities: of the answers against `model`, and of a left-padded
-    batch against each question alone. Raises RuntimeError when either is not small, or when the chat template reads
-    string and list contents differently: the folder is wrong then, whatever the cause.
+    The report holds the largest differences: of the image tokens, and of log probabilities, of the answers against
+    `model` and of a left-padded batch against each question alone. Raises RuntimeError when one is not small, when
+    weights are missing or left over, when pictures become other pixels, or when the chat template reads string and list
+    contents differently: the folder is wrong then, whatever the cause.
     """
     turns = _some_turns(model, chat, images)
     theirs, facts = _reopened(folder, turns, python)
     where = f"{folder}: transformers {facts['version']}"
+    if wrong := [name for name in facts["wrong_keys"] if UNREAD not in name]:
+        raise RuntimeError(f"{where} finds weights missing or left over: {', '.join(wrong[:4])}")
     if not facts["same_prompts"]:
         raise RuntimeError(f"{where} makes other prompts of string contents than of list contents")
+    found = list(zip(turns, theirs, strict=True))
+    for turn, said in found:
+        _compare_early("pixels of a picture", turn.pixels, said["pixels"], where)
     differences = {
-        "answers": max(float((turn.ours - other).abs().max()) for turn, other in zip(turns, theirs, strict=True)),
+        "image tokens": max(_compare_early("image tokens", turn.tokens, said["tokens"], where) for turn, said in found),
+        "answers": max(float((turn.ours - said["answer"]).abs().max()) for turn, said in found),
         "left-padded batch": float(facts["padded_batch"]),
     }
-    for what, difference in differences.items():
-        if not difference < ALLOWED_DIFFERENCE:
-            raise RuntimeError(f"{where} computes other log probabilities ({what}: difference {difference:.1e})")
+    for what in ("answers", "left-padded batch"):
+        if not differences[what] < ALLOWED_DIFFERENCE:
+            raise RuntimeError(f"{where} computes other log probabilities ({what}: difference {differences[what]:.1e})")
     return {"library": "transformers", "version": facts["version"], "max_difference": differences}
+
+
+def _compare_early(what: str, ours: Tensor, theirs: Tensor, where: str) -> float:
+    """The largest difference; RuntimeError where it is not that of rounding: a wrong mean, std or part of a config."""
+    if ours.shape != theirs.shape:
+        raise RuntimeError(f"{where} makes {what} of shape {tuple(theirs.shape)}, not {tuple(ours.shape)}")
+    difference = float((ours - theirs).abs().max())
+    if not difference < ALLOWED_BEFORE_LANGUAGE * max(1.0, float(ours.abs().max())):
+        raise RuntimeError(f"{where} makes other {what} (difference {difference:.1e})")
+    return difference
 
 
 @dataclass
 class ComparedTurn:
-    """picture (H, W, C) uint8; the answer's token ids (S); `ours`: log probabilities (S + 1, V) of the network."""
+    """picture (H, W, C) uint8; `pixels` (C, H, W) as the encoder reads it, and its `tokens` (P, D); the answer's token
+    ids (S); `ours`: log probabilities (S + 1, V) of the network.
+    """
 
     picture: Tensor
+    pixels: Tensor
+    tokens: Tensor
     question: str
     answer: list[int]
     ours: Tensor
@@ -173,23 +197,27 @@ def _some_turns(model: VisionLanguage, chat: Chat, images: PairImages) -> list[C
     """Two turns about each of three images, as the network in memory answers them."""
     import numpy as np
 
-    cpu, where = torch.device("cpu"), next(model.lm.parameters()).device
+    cpu, where, how = torch.device("cpu"), next(model.lm.parameters()).device, images.preprocessing
     model.to(cpu).eval()
     found = []
     for number in range(min(3, len(images))):
         number, pixels = images.readable(number)
+        seen = encoded(model, images, [number], cpu)
         turns = draw_turns(images.pairs.turns(number), 2, np.random.default_rng(number))
         for turn, tokens in zip(turns, tokenize(turns, chat), strict=True):
             blocks = lay_out([[tokens]], chat.end_id, chat.pad_id)
-            ours = model.predict(encoded(model, images, [number], cpu), blocks).logits.float().log_softmax(-1)
-            picture = pixels.permute(1, 2, 0).contiguous()
-            found.append(ComparedTurn(picture, turn.question, list(tokens.answer), ours))
+            ours = model.predict(seen, blocks).logits.float().log_softmax(-1)
+            picture = pixels.permute(1, 2, 0).clone(memory_format=torch.contiguous_format)
+            read = normalize(pixels[None], how.mean, how.std)[0]
+            found.append(ComparedTurn(picture, read, seen[0], turn.question, list(tokens.answer), ours))
     model.to(where)
     return found
 
 
-def _reopened(folder: Path, turns: Sequence[ComparedTurn], python: str) -> tuple[list[Tensor], dict[str, Any]]:
-    """Log probabilities of each turn, and facts, from a fresh process that sees no network."""
+def _reopened(
+    folder: Path, turns: Sequence[ComparedTurn], python: str
+) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
+    """Pixels, tokens and log probabilities ("answer") of each turn, and facts, from a fresh process without network."""
     with tempfile.TemporaryDirectory() as work:
         save_file({str(i): turn.picture for i, turn in enumerate(turns)}, f"{work}/pictures.safetensors")
         job = {
@@ -203,7 +231,8 @@ def _reopened(folder: Path, turns: Sequence[ComparedTurn], python: str) -> tuple
         file.write_text(json.dumps(job), encoding="utf-8")
         _run_process(file, python)
         said = load_file(f"{work}/output.safetensors")
-        return [said[str(i)] for i in range(len(turns))], json.loads(Path(f"{work}/output.json").read_text())
+        parts = [{what: said[f"{i}.{what}"] for what in ("pixels", "tokens", "answer")} for i in range(len(turns))]
+        return parts, json.loads(Path(f"{work}/output.json").read_text())
 
 
 def _run_process(job: Path, python: str) -> None:

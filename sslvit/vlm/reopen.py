@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 def main(job_file: Path) -> None:
-    """Answers of the job's questions: log probabilities to OUTPUT.safetensors, facts to OUTPUT.json."""
+    """What the model sees and says of the job's questions to OUTPUT.safetensors, facts to OUTPUT.json."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -26,21 +26,29 @@ def main(job_file: Path) -> None:
     job = json.loads(job_file.read_text(encoding="utf-8"))
     pictures = load_file(job["pictures"])
     processor = transformers.AutoProcessor.from_pretrained(job["folder"])
-    model = transformers.AutoModelForImageTextToText.from_pretrained(job["folder"], dtype=torch.float32).eval()
+    model, loading = transformers.AutoModelForImageTextToText.from_pretrained(
+        job["folder"], dtype=torch.float32, output_loading_info=True
+    )
+    model.eval()
     images = [picture_of(pictures[str(i)]) for i in range(len(job["questions"]))]
     prompts = {form: [prompt_of(processor, question, form) for question in job["questions"]] for form in FORMS}
     with torch.no_grad():
         alone = [inputs_of(processor, [image], [text]) for image, text in zip(images, prompts["list"], strict=True)]
-        said = {
-            str(i): _log_probabilities(model, inputs, answer)
-            for i, (inputs, answer) in enumerate(zip(alone, job["answers"], strict=True))
-        }
+        said: dict[str, Tensor] = {}
+        for i, (inputs, answer) in enumerate(zip(alone, job["answers"], strict=True)):
+            pixels = inputs["pixel_values"]
+            said[f"{i}.pixels"] = pixels[0].contiguous()
+            seen = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-1]
+            said[f"{i}.tokens"] = seen[0].contiguous()
+            said[f"{i}.answer"] = _log_probabilities(model, inputs, answer)
         batch = model(**inputs_of(processor, images, prompts["list"])).logits[:, -1].float().log_softmax(-1)
         single = torch.stack([model(**inputs).logits[0, -1].float().log_softmax(-1) for inputs in alone])
     save_file(said, job["output"] + ".safetensors")
+    wrong = [*loading["missing_keys"], *loading["unexpected_keys"], *loading["mismatched_keys"]]
     facts = {
         "version": transformers.__version__,
         "class": type(model).__name__,
+        "wrong_keys": sorted(map(str, wrong)),
         "same_prompts": prompts["string"] == prompts["list"],
         "padded_batch": float((batch - single).abs().max()),
     }

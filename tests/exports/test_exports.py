@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import timm
 import torch
 from formats import FORMS, TINY, encoder
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sslvit.checkpoint import save_checkpoint
@@ -19,8 +21,9 @@ from sslvit.encoder.vit import forward_tokens
 from sslvit.encoder.weights import LoadedEncoder, init_encoder, load_encoder
 from sslvit.errors import InputError
 from sslvit.exports import reopen, verify
-from sslvit.exports.formats import FORMATS, check_formats, possible_formats, write_folder, write_formats
+from sslvit.exports.formats import FORMATS, check_formats, checks_of, possible_formats, write_folder, write_formats
 from sslvit.exports.hf_folder import hf_class, hf_state
+from sslvit.exports.open_clip import point_to_tower
 from sslvit.exports.run_encoders import write_run_encoders
 from sslvit.exports.verify import Check, VerificationError
 
@@ -32,6 +35,7 @@ EXACT = {
     "no_registers": "dinov2",
     "original": "vit",
     "class_positions": "dinov2_with_registers",
+    "grey": "dinov2_with_registers",
     "five_channels": "dinov2_with_registers",
 }
 
@@ -84,6 +88,8 @@ def test_timm_folder_opens_in_timm(form: str, tmp_path: Path) -> None:
         x = torch.randn(2, loaded.preprocessing.channels, *size)
         assert torch.equal(model.forward_features(x), loaded.module.forward_features(x))
         assert (model(x) - forward_tokens(loaded.module, x).cls).abs().max() < 1e-5
+    stated = json.loads((tmp_path / "timm" / "config.json").read_text())["pretrained_cfg"]["first_conv"]
+    assert (stated is None) == (loaded.preprocessing.channels != 3), "timm 1.0.20 would draw that layer anew"
     config = timm.data.resolve_data_config({}, model=model)
     assert tuple(config["mean"]) == loaded.preprocessing.mean and tuple(config["std"]) == loaded.preprocessing.std
     more = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True, num_classes=7)
@@ -120,6 +126,21 @@ def test_auto_model_opens_the_timm_folder_too(tmp_path: Path) -> None:
     pixels = processor(Image.new("RGB", (50, 40), (0, 0, 255)), return_tensors="pt")["pixel_values"]
     expected = torch.tensor([-0.1 / 0.3, -0.25 / 0.5, 0.6 / 0.7])
     assert pixels.shape == (1, 3, 32, 32) and torch.allclose(pixels[0, :, 3, 3], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["timm", "hf"])
+def test_the_grey_processor_reads_grey_pictures(name: str, tmp_path: Path) -> None:
+    """transformers 4 reads them with the class called fast alone, which test_formats.py shows where that version is."""
+    need("transformers")
+    import transformers
+    from PIL import Image
+
+    export("grey", tmp_path, name)
+    stated = json.loads((tmp_path / name / "preprocessor_config.json").read_text())["image_processor_type"]
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / name)
+    pixels = processor(Image.new("L", (50, 40), 255), return_tensors="pt")["pixel_values"]
+    assert stated == "BitImageProcessorFast" and pixels.shape == (1, 1, 32, 32)
+    assert torch.allclose(pixels, torch.tensor((1 - 0.1) / 0.3))
 
 
 @pytest.mark.parametrize("form", sorted(FORMS))
@@ -213,22 +234,47 @@ def test_onnx_runs_at_any_size_and_batch(form: str, tmp_path: Path) -> None:
         ours = forward_tokens(loaded.module, x)
         assert (torch.from_numpy(tokens) - ours.all).abs().max() < 1e-4
         assert (torch.from_numpy(features) - loaded.module(x)).abs().max() < 1e-4
+    change_graph(tmp_path / "onnx" / "encoder.onnx")
+    with pytest.raises(VerificationError, match="differ by"):
+        verify.verify(loaded, checks_of(loaded, "onnx", tmp_path / "onnx"))
+
+
+def change_graph(file: Path) -> None:
+    """One weight of its first matrix, visibly."""
+    import onnx
+
+    graph = onnx.load(file)
+    weight = next(one for one in graph.graph.initializer if len(one.dims) == 2)
+    values = onnx.numpy_helper.to_array(weight).copy()
+    values[0, 0] += 1.0
+    weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+    onnx.save(graph, file)
 
 
 # --- damage is caught ------------------------------------------------------------------------------------------------
 
 
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    (file,) = folder.rglob("*.safetensors")
+    with safe_open(file, "pt") as opened:
+        header = opened.metadata()
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, header)
+
+
 def flip_bit(folder: Path) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    name = next(n for n in sorted(tensors) if n.endswith(("mlp.fc1.weight", "norm1.bias")))
-    tensors[name].view(-1).view(torch.int32)[3] ^= 1
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    """The last bit of one weight: no library's outputs would show it."""
+
+    def flip(tensors: dict[str, torch.Tensor]) -> None:
+        name = next(n for n in sorted(tensors) if n.endswith(("mlp.fc1.weight", "norm1.bias")))
+        tensors[name].view(-1).view(torch.int32)[3] ^= 1
+
+    change_weights(folder, flip)
 
 
 def drop_key(folder: Path) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    del tensors[next(n for n in sorted(tensors) if n.endswith("fc2.bias"))]
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    change_weights(folder, lambda tensors: tensors.pop(next(n for n in sorted(tensors) if n.endswith("fc2.bias"))))
 
 
 def edit(file: str, *path: str, value: object) -> Callable[[Path], None]:
@@ -267,6 +313,22 @@ def test_a_damaged_folder_is_caught(damage: str, tmp_path: Path) -> None:
     with pytest.raises(VerificationError, match=words) as caught:
         verify.verify(loaded, [check])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "onnx"])
+def test_every_format_shows_a_flipped_bit_and_a_missing_key(name: str, tmp_path: Path) -> None:
+    loaded, folder = encoder("twin"), tmp_path / name
+    folder.mkdir()
+    write_folder(loaded, name, folder)
+    verify._compare_weights(loaded, Check(folder, ""))
+    for number, (harm, words) in enumerate(((flip_bit, "bit for bit"), (drop_key, "missing|bit for bit"))):
+        harmed = tmp_path / str(number)
+        shutil.copytree(folder, harmed)
+        if name == "open_clip":
+            point_to_tower(harmed, harmed)
+        harm(harmed)
+        with pytest.raises(VerificationError, match=words):
+            verify._compare_weights(loaded, Check(harmed, ""))
 
 
 @pytest.mark.parametrize(
@@ -308,9 +370,11 @@ def test_a_folder_its_library_cannot_open_is_named(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_failing_fresh_process_says_why_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(VerificationError, match="cannot be opened by its library: FileNotFoundError") as caught:
-        verify._run_process(tmp_path / "no-such-job.json")
+def test_a_fresh_process_that_fails_says_why_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "python").write_text("#!/bin/sh\nprintf 'Traceback\\nMemoryError: of 2 GB\\n\\n' >&2; exit 1\n")
+    (tmp_path / "python").chmod(0o700)
+    with pytest.raises(VerificationError, match=r"opened by its library: MemoryError: of 2 GB$") as caught:
+        verify._run_process(tmp_path / "job.json", str(tmp_path / "python"))
     assert "\n" not in str(caught.value)
 
 

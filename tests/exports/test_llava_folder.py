@@ -10,13 +10,24 @@ import pytest
 import torch
 from formats import encoder, write_untrained_vlm
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_vlm import session_root, tiny_run
 
 from sslvit.data.decode import BadFiles
 from sslvit.data.pairs import open_pairs
 from sslvit.encoder.config import Preprocessing
 from sslvit.errors import InputError
-from sslvit.exports.llava_folder import Writing, additional_tokens, check_llava, llava_config, portable_text_config
+from sslvit.exports import llava_folder
+from sslvit.exports.llava_folder import (
+    WEIGHTS,
+    Writing,
+    additional_tokens,
+    check_llava,
+    compare_weights,
+    llava_config,
+    portable_text_config,
+)
+from sslvit.exports.verify import VerificationError
 from sslvit.verbs.ask import ask, open_image
 from sslvit.vlm.batches import PairImages
 from sslvit.vlm.folder import answer_ids, compare_with_folder, open_folder
@@ -42,14 +53,17 @@ for name, content in contents.items():
     ids = model.generate(**inputs, max_new_tokens=64, do_sample=False)
     said[name] = processor.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True).strip()
     said["tokens"] = ids[0, inputs["input_ids"].shape[1]:].tolist()
-two = [processor.apply_chat_template([{"role": "user", "content": "<image>" + q}], add_generation_prompt=True)
-       for q in (question, "Why?")]
-inputs = processor(images=[image, image], text=two, return_tensors="pt", padding=True)
+three = [processor.apply_chat_template([{"role": "user", "content": "<image>" + q}], add_generation_prompt=True)
+         for q in (question, question + " And which of them is the largest, do you think?", "Why?")]
+inputs = processor(images=[image] * 3, text=three, return_tensors="pt", padding=True)
+said["padding"] = (inputs["attention_mask"] == 0).sum(1).tolist()
+assert (inputs["attention_mask"].diff(dim=1) >= 0).all(), "padded on the left"
 ids = model.generate(**inputs, max_new_tokens=64, do_sample=False)
 said["batched"] = processor.batch_decode(ids[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)[0].strip()
 pipe = pipeline("image-text-to-text", model=folder)
 chat = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
-said["pipeline"] = pipe(text=chat, max_new_tokens=64, return_full_text=False)[0]["generated_text"].strip()
+for name, given in {"pipeline, list": {"text": chat}, "pipeline, string": {"images": image, "text": text}}.items():
+    said[name] = pipe(**given, max_new_tokens=64, return_full_text=False)[0]["generated_text"].strip()
 print("SAID " + json.dumps(said))
 """
 
@@ -79,7 +93,9 @@ def same_as_ours(said, run, picture):
     """Token by token, and by every way of asking."""
     vlm = open_folder(run)
     assert said["tokens"] == answer_ids(vlm, [open_image(picture, vlm)], [QUESTION])[0].tolist()
-    assert said["string"] == said["list"] == said["pipeline"] == said["batched"]
+    assert len(said["tokens"]) > 1 and said["padding"][0] > 0, "else this compares nothing"
+    asked = ("list", "batched", "pipeline, list", "pipeline, string")
+    assert {name: said["string"] for name in asked} == {name: said[name] for name in asked}
     assert said["list"] == ask(run, image=picture, question=QUESTION)
     assert said["class"] == "LlavaForConditionalGeneration"
 
@@ -103,7 +119,8 @@ def test_a_folder_is_compared_in_a_fresh_process(tmp_path):
     model, chat = write_untrained_vlm(loaded, tmp_path)
     images = PairImages(open_pairs("scenes:?n=4&size=32"), loaded.preprocessing, BadFiles(tmp_path / "bad.jsonl"))
     report = compare_with_folder(model, chat, tmp_path, images)
-    assert report["library"] == "transformers" and set(report["max_difference"]) == {"answers", "left-padded batch"}
+    assert report["library"] == "transformers"
+    assert set(report["max_difference"]) == {"image tokens", "answers", "left-padded batch"}
     assert max(report["max_difference"].values()) < 1e-4
 
 
@@ -126,9 +143,36 @@ def _right_padding(folder):
     file.write_text(file.read_text().replace('"left"', '"right"'))
 
 
-def _other_mean(folder):
+def _slightly_other_mean(folder):
     file = folder / "preprocessor_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"image_mean": [0.0, 0.0, 0.0]}))
+    facts = json.loads(file.read_text())
+    file.write_text(json.dumps(facts | {"image_mean": [mean + 0.001 for mean in facts["image_mean"]]}))
+
+
+def _slightly_other_std(folder):
+    file = folder / "preprocessor_config.json"
+    facts = json.loads(file.read_text())
+    file.write_text(json.dumps(facts | {"image_std": [std * 1.001 for std in facts["image_std"]]}))
+
+
+def _missing_key(folder):
+    tensors = load_file(folder / WEIGHTS)
+    del tensors["vision_tower.encoder.layer.1.layer_scale1.lambda1"]
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+
+
+def _other_activation(folder):
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    config["vision_config"]["hidden_act"] = "gelu_pytorch_tanh"
+    file.write_text(json.dumps(config))
+
+
+def _other_theta(folder):
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    config["text_config"] |= {"rope_theta": 7.0, "rope_parameters": {"rope_theta": 7.0, "rope_type": "default"}}
+    file.write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize(
@@ -136,7 +180,11 @@ def _other_mean(folder):
     [
         (_other_template, "other prompts of string contents"),
         (_right_padding, "left-padded batch: difference"),
-        (_other_mean, "answers: difference"),
+        (_slightly_other_mean, "other pixels"),
+        (_slightly_other_std, "other pixels"),
+        (_missing_key, "weights missing or left over: .*lambda1"),
+        (_other_activation, "other image tokens"),
+        (_other_theta, "answers: difference"),
     ],
 )
 def test_a_damaged_folder_is_caught(untrained, tmp_path, damage, words):
@@ -146,6 +194,41 @@ def test_a_damaged_folder_is_caught(untrained, tmp_path, damage, words):
     damage(tmp_path / "vlm")
     with pytest.raises(RuntimeError, match=words):
         compare_with_folder(model, chat, tmp_path / "vlm", images)
+
+
+def test_what_lies_on_disk_is_what_was_trained_bit_for_bit(untrained, tmp_path, monkeypatch):
+    """Read back when it is written: a difference no answer would show."""
+    *_, folder, _ = untrained
+    trained = load_file(folder / WEIGHTS)
+    compare_weights(folder, trained)
+    honest = llava_folder.write_tensors
+
+    def flipped(path, tensors):
+        tensors["language_model.model.norm.weight"].view(torch.int32)[3] ^= 1
+        honest(path, tensors)
+
+    def forgetful(path, tensors):
+        honest(path, {name: tensor for name, tensor in tensors.items() if not name.endswith("linear_2.bias")})
+
+    for wrong, words in ((flipped, "norm.weight is not bit for bit"), (forgetful, "missing or left over: .*linear_2")):
+        monkeypatch.setattr(llava_folder, "write_tensors", lambda path, ts, w=wrong: w(path, clones(ts)))
+        with pytest.raises(VerificationError, match=words):
+            write_untrained_vlm(encoder("ours"), tmp_path)
+
+
+def clones(tensors):
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("form", ["grey", "original"])
+def test_other_forms_too(form, tmp_path, picture):
+    """Grey: one channel all the way, and two turns share a picture. Original: it has a pooler, which nothing reads."""
+    loaded = encoder(form)
+    model, chat = write_untrained_vlm(loaded, tmp_path)
+    images = PairImages(open_pairs("scenes:?n=4&size=32"), loaded.preprocessing, BadFiles(tmp_path / "bad.jsonl"))
+    report = compare_with_folder(model, chat, tmp_path, images)
+    assert max(report["max_difference"].values()) < 1e-4
+    assert isinstance(ask(tmp_path, image=picture, question=QUESTION), str), "of a picture in colour"
 
 
 @pytest.mark.parametrize(("form", "words"), [("rope", "rotary"), ("five_channels", "5 channels"), ("qk_norm", "keys")])
@@ -229,8 +312,6 @@ def test_rotary_settings_under_both_names():
 
 
 def test_weights_are_fp32(run):
-    from safetensors.torch import load_file
-
     assert {tensor.dtype for tensor in load_file(run / "vlm" / "model.safetensors").values()} == {torch.float32}
 
 

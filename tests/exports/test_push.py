@@ -137,6 +137,14 @@ def test_what_is_pushed_opens_by_name(hub: Hub, tmp_path: Path, capsys: pytest.C
     ours, x = load_encoder(SPEC).module, torch.randn(2, 3, 32, 32)
     assert torch.equal(load_encoder(f"hf-hub:{REPOSITORY}").module(x), ours(x))
     assert torch.equal(timm.create_model(f"hf-hub:{REPOSITORY}", pretrained=True).eval()(x), ours(x))
+    import open_clip
+    from transformers import AutoModel
+
+    tokens = ours.forward_features(x)
+    assert torch.equal(AutoModel.from_pretrained(REPOSITORY)(x).last_hidden_state, tokens)
+    assert torch.equal(AutoModel.from_pretrained(REPOSITORY, subfolder="hf")(x).last_hidden_state, tokens)
+    tower = open_clip.create_model(f"hf-hub:{REPOSITORY}", pretrained_image=True).eval()
+    assert torch.equal(tower.encode_image(x), ours(x))
 
 
 def test_open_clip_names_the_repository(tmp_path: Path) -> None:
