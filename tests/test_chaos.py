@@ -103,6 +103,18 @@ class Unlocked:
         pass
 
 
+def test_the_file_holds_command_machine_and_what_was_shortened(tmp_path: Path) -> None:
+    row = toy_row(lambda case, folder: f"remark {case}")
+    found = chaos._run_row(row, 2, tmp_path)
+    cases, passed = chaos.json_rows([(row, *found)], facts={"command": "a", "machine": chaos.machine()})
+    assert (cases["value"], passed["value"]) == (2, 2) and cases["notes"] == ["remark 0", "remark 1"]
+    assert cases["command"] == "a" and "cores of" in cases["machine"] and cases["seed"] == 0
+    assert cases["protocol"] == "a toy (shortened: 2 of 3)"
+    whole = chaos._run_row(row, 3, tmp_path)
+    assert chaos.json_rows([(row, *whole)])[0]["protocol"] == "a toy"
+    assert chaos._command(chaos._parse(["--rows", "toy", "--json", "x"])) == "python benchmarks/chaos.py --rows toy"
+
+
 def test_an_unknown_row_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert chaos.main(["--rows", "no_such_row"]) == 2
     assert "no_such_row" in capsys.readouterr().err
