@@ -17,6 +17,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from chaos_runs import (
     command,
     digest,
     fork,
+    modules_of,
     pretrain_words,
     samples,
     wait,
@@ -54,6 +56,7 @@ def reference(verb: str) -> tuple[str, float, int]:
     """(digest, seconds, operations under the checkpoints) of an uninterrupted run."""
     folder = Path(tempfile.mkdtemp(prefix="chaos-reference-"))
     try:
+        modules_of(words(verb, folder / "first"), folder)
         out, began = folder / "run", time.monotonic()
         code = whole(words(verb, out), folder / "log", functools.partial(count_operations, out, folder / "count"))
         assert code == EXIT_DONE, (folder / "log").read_text()[-2000:]
@@ -321,6 +324,7 @@ def resumes(case: int, folder: Path) -> None:
 
 
 WORLDS = [(1, 2, 1), (2, 1, 2), (2, 2, 1), (0, 2, 3), (3, 0, 2), (2, 3, 0)]  # three of processes, three of workers
+SHARDED = 2  # the case whose first leg shares its weights out (FSDP2); the second has them whole again
 
 
 def worlds(case: int, folder: Path) -> None:
@@ -331,7 +335,8 @@ def worlds(case: int, folder: Path) -> None:
     for index, number in enumerate(plan):
         stop = None if index == 2 else 4
         if case < 3:
-            codes = together(pretrain_words(out), folder, number, stop)
+            more = ["sharded=true"] * (case == SHARDED and index == 0)
+            codes = together([*pretrain_words(out), *more], folder, number, stop)
         else:
             before = None if stop is None else functools.partial(signal_after, stop, signal.SIGTERM)
             codes = [whole(pretrain_words(out, 12, 3, f"num_workers={number}"), folder / "log", before)]
@@ -497,16 +502,23 @@ def find(module: str) -> bool:
 
 
 def odd_image(case: int, folder: Path) -> None:
-    """Decoded, or bad with a reason in one line; in five seconds, without growth."""
+    """Decoded, or bad with a reason in one line; in five seconds, and all together without growth."""
     import warnings
 
     from test_odd_images import GROWTH, outcome
 
-    data = images()[case]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    data, before = images()[case], peak_at_first()
     with warnings.catch_warnings(action="ignore"):
         outcome(data)
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < GROWTH, "memory grew"
+    assert peak() - before < GROWTH, f"memory grew by {peak() - before >> 20} MiB"
+
+
+def peak() -> int:
+    """The largest resident set of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+peak_at_first = functools.cache(peak)
 
 
 HOSTILE_YAML = (
@@ -658,17 +670,19 @@ def soak(case: int, folder: Path) -> str:
     rng, out, calm = random.Random(case), folder / "run", folder / "calm"
     steps = round(SOAK_SECONDS / STEP_SECONDS)
     plan = (steps, max(10, steps // 400))
-    stormy = weather(pretrain_words(out, *plan), out, folder / "log", rng)
+    stormy, faults = weather(pretrain_words(out, *plan), out, folder / "log", rng)
     check_growth(stormy)
     still = calmly(pretrain_words(calm, *plan), calm, folder / "log")
     assert digest(out, with_samples=False) == digest(calm, with_samples=False), "other bytes"
     check_growth(still)
-    return f"{len(stormy)} ended by a signal, the rest by a full disk; footprints {stormy[-1:]}, calm {still[-1:]}"
+    told = ", ".join(f"{count} {name}" for name, count in sorted(faults.items()))
+    return f"{steps} steps; {told}; at the end {stormy[-1] if stormy else {}}, of the calm run {still[-1]}"
 
 
-def weather(words: list[str], out: Path, log: Path, rng: random.Random) -> list[dict[str, int]]:
-    """Starts the command until it is done, ending each start by a fault; its footprints just before each."""
+def weather(words: list[str], out: Path, log: Path, rng: random.Random) -> tuple[list[dict[str, int]], Counter[str]]:
+    """Starts the command until it is done, ending each start by a fault: its footprints just before, and the faults."""
     sizes: list[dict[str, int]] = []
+    faults: Counter[str] = Counter()
     deadline = time.monotonic() + 4 * SOAK_SECONDS
     while True:
         assert time.monotonic() < deadline, "it does not come to an end"
@@ -679,14 +693,18 @@ def weather(words: list[str], out: Path, log: Path, rng: random.Random) -> list[
             time.sleep(0.05)
         if not ended(pid):
             sizes.append(footprint(pid, out))
-            os.kill(pid, rng.choice(SOAK_SIGNALS))
+            number = rng.choice(SOAK_SIGNALS)
+            os.kill(pid, number)
+            faults[number.name] += 1
         code = wait(pid)
         allowed = (EXIT_DONE, EXIT_RESUMABLE, *(-number for number in SOAK_SIGNALS))
         assert code in allowed, (code, log.read_text()[-2000:])
         if code == EXIT_DONE:
-            return sizes
-        if rng.random() < 0.25:
-            spoil_newest(out / "checkpoints", rng)
+            return sizes, faults
+        if rng.random() < 0.25 and spoil_newest(out / "checkpoints", rng):
+            faults["flipped bit"] += 1
+        faults["full disk"] += "No space left on device" in log.read_text()
+        log.unlink()
 
 
 def slowly(disk: Disk | None) -> None:
@@ -705,14 +723,16 @@ def slowly(disk: Disk | None) -> None:
     MetricsLog.tick = waiting
 
 
-def spoil_newest(root: Path, rng: random.Random) -> None:
-    """Flips a bit in the newest checkpoint where there are two."""
+def spoil_newest(root: Path, rng: random.Random) -> bool:
+    """Flips a bit in the newest checkpoint where there are two; whether it did."""
     steps = checkpoint_steps(root)
-    if len(steps) > 1:
-        file = rng.choice(sorted(checkpoint_path(root, steps[-1]).iterdir()))
-        data = bytearray(file.read_bytes())
-        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-        file.write_bytes(data)
+    if len(steps) < 2:
+        return False
+    file = rng.choice(sorted(checkpoint_path(root, steps[-1]).iterdir()))
+    data = bytearray(file.read_bytes())
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    file.write_bytes(data)
+    return True
 
 
 def calmly(words: list[str], out: Path, log: Path) -> list[dict[str, int]]:
