@@ -10,10 +10,14 @@ The seed of every case is its number.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import platform
+import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -34,7 +38,7 @@ class Row:
     words: str
     cases: int
     quick: int
-    work: Callable[[int, Path], None]  # (case, an empty folder); AssertionError says what did not hold
+    work: Callable[[int, Path], str | None]  # (case, an empty folder) to a remark; AssertionError: what did not hold
     absent: Callable[[], str | None] = lambda: None
 
 
@@ -59,7 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"\n{'shortened by --quick' if options.quick else ''}\n{markdown(table)}")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(json_rows(table, options.quick), indent=1) + "\n")
+        facts = {"command": _command(options), "machine": machine()}
+        options.json.write_text(json.dumps(json_rows(table, options.quick, facts), indent=1) + "\n")
     return 0 if all(why or all(found["passed"] for found in cells) for _, why, cells in table) else 1
 
 
@@ -116,11 +121,11 @@ def _finished_cells(file: Path) -> dict[int, dict]:
 
 
 def _run_case(row: Row, case: int) -> dict:
-    folder, problem, began = _scratch(), "", time.monotonic()
+    folder, problem, note, began = _scratch(), "", None, time.monotonic()
     signal.signal(signal.SIGALRM, _too_long)
     signal.alarm(CASE_SECONDS if row.name != "soak" else 4 * CASE_SECONDS)
     try:
-        row.work(case, folder)
+        note = row.work(case, folder)
     except Exception as error:
         problem = (
             f"{type(error).__name__}: {error}" if not isinstance(error, AssertionError) else str(error) or "failed"
@@ -132,7 +137,8 @@ def _run_case(row: Row, case: int) -> dict:
         signal.alarm(0)
         shutil.rmtree(folder, ignore_errors=True)
     seconds = round(time.monotonic() - began, 2)
-    return {"case": case, "passed": not problem, "problem": problem[:1000], "seconds": seconds}
+    cell = {"case": case, "passed": not problem, "problem": problem[:1000], "seconds": seconds}
+    return cell | ({"note": note} if note else {})
 
 
 def _too_long(number: int, frame: object) -> None:
@@ -155,18 +161,52 @@ def markdown(table: list[tuple[Row, str | None, list[dict]]]) -> str:
     return "\n".join(lines)
 
 
-def json_rows(table: list[tuple[Row, str | None, list[dict]]], quick: bool = False) -> list[dict]:
-    """`chaos/ROW/{cases,passed}`; a row that was skipped says why and has no value."""
+def json_rows(
+    table: list[tuple[Row, str | None, list[dict]]], quick: bool = False, facts: dict[str, str] | None = None
+) -> list[dict]:
+    """`chaos/ROW/{cases,passed}`; a row that was skipped says why and has no value. `facts` go into each."""
     rows = []
     for row, why, cells in table:
-        protocol = (
-            f"skipped: {why}" if why is not None else f"{row.words} (shortened by --quick)" if quick else row.words
-        )
-        common = {"ci95": None, "protocol": protocol, "data": "", "seed": 0}
+        common = {"ci95": None, "protocol": _protocol(row, why, len(cells), quick), "data": "", "seed": 0}
         values = (len(cells), sum(cell["passed"] for cell in cells)) if why is None else (None, None)
+        more: dict[str, object] = {**(facts or {}), "seconds": round(sum(cell["seconds"] for cell in cells))}
+        if notes := [cell["note"] for cell in cells if cell.get("note")]:
+            more["notes"] = notes
         for name, value in zip(("cases", "passed"), values, strict=True):
-            rows.append({"name": f"chaos/{row.name}/{name}", "value": value, **common, "step": None})
+            rows.append({"name": f"chaos/{row.name}/{name}", "value": value, **common, "step": None, **more})
     return rows
+
+
+def _protocol(row: Row, why: str | None, cases: int, quick: bool) -> str:
+    """What was done; a shortened row says so."""
+    if why is not None:
+        return f"skipped: {why}"
+    shorter = " (shortened by --quick)" if quick else f" (shortened: {cases} of {row.cases})" * (cases < row.cases)
+    return row.words + shorter
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The command line without its places."""
+    words = ["python", "benchmarks/chaos.py", *(["--quick"] if options.quick else [])]
+    words += ["--rows", options.rows] if options.rows else []
+    words += ["--cases", str(options.cases)] if options.cases else []
+    return " ".join(words)
+
+
+def machine() -> str:
+    """Cores, processor, memory and versions, in words; it names no host."""
+    from importlib import metadata
+
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, IndexError):
+        processor = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())[0]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    versions = f"Python {platform.python_version()}, torch {metadata.version('torch')}"
+    slurm = shutil.which("scontrol")
+    if slurm:
+        versions += f", {subprocess.run([slurm, '-V'], capture_output=True, text=True, check=False).stdout.strip()}"
+    return f"{cores} of {os.cpu_count()} cores of {processor}, {gib:.0f} GiB, {platform.system()}; {versions}"
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ except ImportError:  # Windows
 Row = dict[str, Any]
 
 #: Keys that cannot change results: they may differ when a run goes on.
-FREE_KEYS = ("num_workers", "max_bad_rate", "checkpoint.*", "device", "compile", "overwrite")
+FREE_KEYS = ("num_workers", "max_bad_rate", "checkpoint.*", "device", "sharded", "compile", "overwrite")
 
 #: What shows that a run has learned or measured something: from then on its settings stand.
 TRAINED = ("finished.json", "checkpoints", "stages", "controls", "cells")
