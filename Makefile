@@ -73,7 +73,7 @@ docs: $(VENV)/.installed-docs  ## the pages as a site, into site/
 	@echo site/index.html
 
 chaos: $(VENV)/.installed-dev  ## all faults, one table; goes on where it was (make chaos CHAOS=--quick: five minutes)
-	$(BIN)/python benchmarks/chaos.py --json benchmarks/results/chaos.json $(CHAOS)
+	$(BIN)/python benchmarks/chaos.py $(or $(CHAOS),--json benchmarks/results/chaos.json)
 
 clean:  ## remove what was built, not what was trained
 	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache

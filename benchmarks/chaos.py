@@ -123,7 +123,7 @@ def _finished_cells(file: Path) -> dict[int, dict]:
 def _run_case(row: Row, case: int) -> dict:
     folder, problem, note, began = _scratch(), "", None, time.monotonic()
     signal.signal(signal.SIGALRM, _too_long)
-    signal.alarm(CASE_SECONDS if row.name != "soak" else 4 * CASE_SECONDS)
+    signal.alarm(CASE_SECONDS if row.name != "soak" else 8 * CASE_SECONDS)
     try:
         note = row.work(case, folder)
     except Exception as error:
