@@ -22,7 +22,7 @@ import torch._dynamo
 import torch.utils.tensorboard
 from tiny_vlm import settings as align_settings
 
-import sslvit.verbs.pretrain
+import sslvit.verbs.pretrain  # noqa: F401  so that forks import nothing
 from sslvit import metrics
 from sslvit.cli import main as cli
 from sslvit.data.loader import Loader

@@ -58,7 +58,9 @@ def test_a_new_folder_holds_the_record(tmp_path):
     assert (tmp_path / "a" / "b" / "command.txt").read_text().count("#") == 2
 
 
-@pytest.mark.parametrize("free", ["num_workers=3", "checkpoint.every=5", "checkpoint.keep=1", "device=cpu", "sharded=true"])
+@pytest.mark.parametrize(
+    "free", ["num_workers=3", "checkpoint.every=5", "checkpoint.keep=1", "device=cpu", "sharded=true"]
+)
 def test_keys_that_cannot_change_results_may_differ(tmp_path, free):
     with opened(tmp_path / "run") as folder:
         folder.finish()
