@@ -215,7 +215,7 @@ def alarms_of(folder: Path, keys: dict[str, Any]) -> list[str]:
     ("keys", "name"),
     [
         ({"dino": HEAD | {"teacher_temperature": 1.0, "teacher_temperature_start": 1.0}}, "dino/uniform_targets"),
-        ({"dino": HEAD | {"center_momentum": 1.0}}, "dino/one_prototype"),
+        ({"dino": HEAD | {"center_momentum": 1.0}, "optim": {"momentum": 0.7}}, "dino/one_prototype"),
         ({"dino": HEAD, "optim": {"momentum": 0.0, "momentum_end": 0.0}}, "teacher/copy"),
         ({"dino": HEAD | {"centering": "sinkhorn", "teacher_temperature": 1.0}}, "dino/uniform_targets"),
     ],
