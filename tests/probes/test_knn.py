@@ -62,6 +62,17 @@ def test_ties_equal_brute_force(distinct, monkeypatch):
             assert np.array_equal(got[k], loop(train, labels, val, k))
 
 
+def test_a_tie_at_the_border_is_broken_by_index():
+    """Every direction twice, at two lengths: an odd k parts the last pair, and float32 says either of them."""
+    rng = np.random.default_rng(20)
+    train = np.repeat(features(30, 48, 21), 2, axis=0) * rng.uniform(1, 3, (60, 1)).astype(np.float32)
+    val = features(40, 48, 22)
+    unit_train, unit_val = unit(train, np.float64), unit(val, np.float64)
+    exact = np.argsort(-np.round(unit_val @ unit_train.T, 9), axis=1, kind="stable")
+    for k in (1, 5):
+        assert np.array_equal(np.sort(nearest(train, val, k)[1], axis=1), np.sort(exact[:, :k], axis=1))
+
+
 def test_without_the_float64_pass_ties_go_wrong(monkeypatch):
     """The guard fails when its mechanism is removed."""
     rng = np.random.default_rng(3)
