@@ -128,6 +128,16 @@ def test_auto_model_opens_the_timm_folder_too(tmp_path: Path) -> None:
     assert pixels.shape == (1, 3, 32, 32) and torch.allclose(pixels[0, :, 3, 3], expected, atol=1e-5)
 
 
+def test_a_class_count_among_the_arguments_is_left_out(tmp_path: Path) -> None:
+    """timm's own `save_for_hf` writes one there, and AutoModel then raises."""
+    for name in ("theirs", "ours"):
+        (tmp_path / name).mkdir()
+    write_folder(encoder("ours"), "timm", tmp_path / "theirs")
+    edit("config.json", "model_args", "num_classes", value=0)(tmp_path / "theirs")
+    write_folder(load_encoder(str(tmp_path / "theirs")), "timm", tmp_path / "ours")
+    assert "num_classes" not in json.loads((tmp_path / "ours" / "config.json").read_text())["model_args"]
+
+
 @pytest.mark.parametrize("name", ["timm", "hf"])
 def test_the_grey_processor_reads_grey_pictures(name: str, tmp_path: Path) -> None:
     """transformers 4 reads them with the class called fast alone, which test_formats.py shows where that version is."""
@@ -294,6 +304,7 @@ DAMAGE = {
     "flipped bit in timm": ("timm", flip_bit, "bit for bit"),
     "missing key": ("hf", drop_key, "bit for bit|missing"),
     "missing key in timm": ("timm", drop_key, "bit for bit|missing"),
+    "registers forgotten in timm": ("timm", edit("config.json", "model_args", "reg_tokens", value=0), "left over: reg"),
     "mean": ("hf", edit("preprocessor_config.json", "image_mean", value=[0.5, 0.5, 0.5]), "states"),
     "std in timm": ("timm", edit("config.json", "pretrained_cfg", "std", value=[0.5, 0.5, 0.5]), "states"),
     "epsilon": ("hf", edit("config.json", "layer_norm_eps", value=1e-2), "tokens differ by"),
