@@ -30,7 +30,7 @@ def timm_config(loaded: LoadedEncoder) -> dict[str, Any]:
     `num_classes` stands at the top only: inside `model_args` transformers would pass it twice and fail.
     """
     module, preprocessing = loaded.module, loaded.preprocessing
-    args = {key: value for key, value in loaded.architecture.args.items() if value is not None}
+    args = {key: value for key, value in loaded.architecture.args.items() if value is not None and key != "num_classes"}
     return {
         "architecture": loaded.architecture.name,
         "num_classes": 0,
