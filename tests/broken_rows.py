@@ -67,7 +67,7 @@ def crops_depend_on_workers() -> None:
 
     def filling(self: Loader, batch: Any, *rest: Any) -> None:
         fill(self, batch, *rest)
-        batch.views.global_photometry += self._num_workers
+        batch.views.global_crops += self._num_workers
 
     Loader._fill = filling
 
@@ -149,7 +149,7 @@ def soak_loses_the_cursor() -> None:
 
 
 def shorter_soak() -> None:
-    chaos_rows.SOAK_SECONDS, chaos_rows.FAULT_SECONDS = 12, 4.0
+    chaos_rows.SOAK_SECONDS, chaos_rows.FAULT_SECONDS = 20, 8.0
     chaos_rows.SOAK_SIGNALS = (signal.SIGTERM,)
 
 
