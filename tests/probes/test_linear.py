@@ -70,6 +70,8 @@ def test_learning_rates_and_inputs_are_dinov2s():
     blocks = [np.full((2, 3), i, np.float32) for i in range(4)]
     widths = [v.matrix().shape[1] for v in input_variants(blocks, blocks[0], has_class_token=True)]
     assert widths == [3, 12, 6, 15]
+    read = [v.matrix()[0, ::3].tolist() for v in input_variants(blocks, blocks[0] + 9, has_class_token=True)]
+    assert read == [[0], [0, 1, 2, 3], [0, 9], [0, 1, 2, 3, 9]], "class tokens, the last block first, then the mean"
     assert len(input_variants(blocks, blocks[0], has_class_token=False)) == 2
     assert len(input_variants(blocks[:1], blocks[0], has_class_token=False)) == 1
 

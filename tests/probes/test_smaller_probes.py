@@ -106,6 +106,7 @@ def test_spectrum_decay_recovers_a_power_law():
     basis = np.linalg.qr(basis)[0]
     features = (basis * np.arange(1, 21) ** -0.75).astype(np.float32)  # eigenvalues i^-1.5
     assert health.spectrum_decay(features) == pytest.approx(1.5, rel=1e-2)
+    assert health.spectrum_decay(features + 0.5) == pytest.approx(1.5, rel=1e-2), "of the covariance: centred"
     assert math.isnan(health.spectrum_decay(np.ones((10, 4), np.float32)))
 
 
