@@ -86,7 +86,6 @@ def test_open_clip(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert any(p.grad is not None and p.grad.any() for p in names["model"].parameters())
 
 
-@torch.no_grad()
 def test_peft(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("peft", reason="needs sslvit[vlm]")
     names = run("peft", shop, monkeypatch)
