@@ -133,6 +133,17 @@ def test_koleo():
     assert koleo_loss(torch.tensor(TEACHER)).item() == pytest.approx(koleo_as_loops(TEACHER), abs=1e-5)
 
 
+def test_koleo_finds_close_neighbours_under_autocast_too():
+    """Directions 1e-3 apart: in bf16 their cosines are all 1, and half-precision features would have no distance."""
+    angles = torch.cumsum(torch.linspace(1e-3, 2e-3, 12), 0)
+    features = torch.stack([angles.cos(), angles.sin(), torch.ones_like(angles)], dim=1)
+    assert len(set((features @ features.T).bfloat16().flatten().tolist())) == 1
+    with torch.autocast("cpu", torch.bfloat16):
+        assert koleo_loss(features).item() == pytest.approx(koleo_as_loops(features.tolist()), rel=1e-3)
+    halves = torch.tensor(TEACHER).bfloat16()
+    assert koleo_loss(halves).item() == pytest.approx(koleo_as_loops(halves.tolist()), abs=1e-5)
+
+
 def test_koleo_is_the_mean_over_views_that_never_meet():
     views = {Pass("student", "global", i): as_tokens(rows) for i, rows in enumerate((TEACHER, STUDENT))}
     views[Pass("teacher", "global", 0)] = as_tokens(STUDENT)
