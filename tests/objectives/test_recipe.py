@@ -164,8 +164,8 @@ def test_no_two_configs_share_a_list():
     ("steps", "batch", "half_life"),
     [(60, 32, 69), (300, 16, 69), (5_000, 64, 250), (300_000, 512, 173), (100_000, 2048, 43)],
 )
-def test_the_teacher_never_outruns_its_centre(steps, batch, half_life):
-    """In steps; the centre's is 6.6. Only beyond DINO's batches does DINO's own half-life in images say less."""
+def test_the_teacher_never_follows_within_a_few_steps(steps, batch, half_life):
+    """Its half-life in steps; only beyond DINO's batches does DINO's own half-life in images say less than 69."""
     resolved, _ = resolve(PretrainConfig(data="x", steps=steps, batch_size=batch, dino=DinoConfig()), FACTS)
     assert -1 / math.log2(resolved.optim.momentum) == pytest.approx(half_life, abs=1)
 
