@@ -133,7 +133,7 @@ class Alarms:
         temperature, momentum = section.teacher_temperature or 0.0, optim.momentum or 0.0
         if form != "one" and temperature > section.student_temperature * 0.9:
             return f"Lower {name}.teacher_temperature ({temperature:g}; published .04 to .07)."
-        if section.centering == "softmax" and section.center_momentum > 0.99:
+        if section.centering == "softmax" and (section.center_momentum or 0) > 0.99:
             return f"Lower {name}.center_momentum ({section.center_momentum:g}; published .9): the centre stands still."
         if momentum < COPY:
             return f"Raise optim.momentum ({momentum:g}; published .996 at batch 512): the teacher copies the student."

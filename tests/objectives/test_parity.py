@@ -190,6 +190,7 @@ def test_ibot_loss():
     teacher = [[TEACHER, STUDENT], [STUDENT, TEACHER]]
     masks = [[[1, 0, 1, 1], [0, 0, 0, 0]], [[0, 1, 0, 0], [1, 1, 0, 0]]]
     config = IbotConfig(
+        center_momentum=0.9,
         num_prototypes=3,
         head_hidden_dim=4,
         head_bottleneck_dim=4,
@@ -297,7 +298,7 @@ def test_mae_loss_under_a_given_mask(norm_pixels, number):
 
 def test_dino_and_mae_ask_for_the_very_same_pass():
     heads = {"num_prototypes": 4, "head_hidden_dim": 4, "head_bottleneck_dim": 4}
-    temperatures = {"teacher_temperature": 0.04, "teacher_temperature_start": 0.04}
+    temperatures = {"teacher_temperature": 0.04, "teacher_temperature_start": 0.04, "center_momentum": 0.9}
     for ratio in (0.5, 0.6, 0.7, 0.75, 0.9):
         config = DinoConfig(**heads, **temperatures, num_teacher_views=1, student_visible_ratio=round(1 - ratio, 6))
         dino = Dino(config, 8, steps=10, num_global=2, num_local=0)

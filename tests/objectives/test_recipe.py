@@ -170,6 +170,15 @@ def test_the_teacher_never_follows_within_a_few_steps(steps, batch, half_life):
     assert -1 / math.log2(resolved.optim.momentum) == pytest.approx(half_life, abs=1)
 
 
+@pytest.mark.parametrize(("steps", "momentum"), [(30, 0.0992), (300, 0.7937), (660, 0.9), (100_000, 0.9)])
+def test_the_centre_is_there_early_in_the_run(steps, momentum):
+    sections = {"dino": DinoConfig(), "ibot": IbotConfig()}
+    resolved, _ = resolve(PretrainConfig(data="x", steps=steps, **sections), FACTS)
+    assert resolved.dino.center_momentum == resolved.ibot.center_momentum == momentum
+    reach = 1 - momentum ** max(1, steps // 25)
+    assert reach > 0.9, "in 4% of the run it is nine tenths of the way"
+
+
 @pytest.mark.parametrize(
     ("num_images", "start", "end"),
     [(100, 0.02, 0.02), (20_000, 0.02, 0.02), (650_583, 0.03, 0.045), (1_281_167, 0.04, 0.07), (10**8, 0.04, 0.07)],
