@@ -18,7 +18,7 @@ class DinoConfig:
     teacher_temperature_start: float | None = None
     teacher_temperature_warmup: float = 0.3  # share of the run
     centering: str = "softmax"  # softmax (DINO) | sinkhorn (SwAV, DINOv2)
-    center_momentum: float = 0.9
+    center_momentum: float | None = None  # auto: DINO's .9, less in runs below 660 steps
     freeze_last_layer: float = 0.01  # share of the run during which the prototypes stand still
     num_teacher_views: int | None = None  # how many of the global views the teacher sees; auto: 2, 1 if masked
     # Below 1 the student sees only this share of each global view's patches (MSN); auto: 1, or MAE's share on a small
@@ -40,7 +40,7 @@ class IbotConfig:
     teacher_temperature_start: float | None = None
     teacher_temperature_warmup: float = 0.3
     centering: str = "softmax"
-    center_momentum: float = 0.9
+    center_momentum: float | None = None  # auto: DINO's .9, less in runs below 660 steps
     mask_prob: float = 0.5  # share of images that are masked
     mask_ratio_min: float = 0.1
     mask_ratio_max: float = 0.5

@@ -168,7 +168,7 @@ class Dino(nn.Module):
         """`global_masking(draw, view, num_patches)` overrides what the student sees of a global view (iBOT's masks)."""
         super().__init__()
         assert config.num_prototypes and config.teacher_temperature and config.teacher_temperature_start
-        assert config.num_teacher_views and config.student_visible_ratio
+        assert config.num_teacher_views and config.student_visible_ratio and config.center_momentum is not None
         self.config = config
         self.steps = steps
         self.num_global = num_global

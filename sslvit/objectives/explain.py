@@ -16,7 +16,6 @@ _DISTILLATION = {
     "student_temperature": "DINO, section 3.2",
     "teacher_temperature_warmup": "DINO: 30 of 100 to 300 epochs",
     "centering": "DINO, equation 4; sinkhorn: SwAV, DINOv2",
-    "center_momentum": "DINO, equation 4",
 }
 #: Where the defaults come from, by key or by section.
 SOURCES = {

@@ -59,6 +59,7 @@ class Ibot(nn.Module):
         """`grid` is the number of patches (rows, columns) of a global crop. A shared head is lent by `share_heads`."""
         super().__init__()
         assert config.num_prototypes and config.teacher_temperature and config.teacher_temperature_start
+        assert config.center_momentum is not None
         self.config = config
         self.grid = grid
         self.steps = steps

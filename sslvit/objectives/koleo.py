@@ -26,7 +26,8 @@ def koleo_loss(features: Tensor, eps: float = 1e-8) -> Tensor:
     parts = list(distributed.all_gather_cat(local.detach()).split(local.shape[0]))
     parts[distributed.rank()] = local
     everyone = torch.cat(parts)
-    similarity = (everyone @ everyone.T).detach().fill_diagonal_(-2.0)
+    with torch.autocast(everyone.device.type, enabled=False):  # in bf16 near neighbours are as near as others
+        similarity = (everyone @ everyone.T).detach().fill_diagonal_(-2.0)
     distance = (everyone - everyone[similarity.argmax(1)]).square().sum(-1).add(eps**2).sqrt()
     loss = -(distance + eps).log().mean()
     return loss.detach() + distributed.world_size() * (loss - loss.detach())

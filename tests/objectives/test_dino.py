@@ -22,6 +22,7 @@ def make(num_global=2, num_local=3, **settings):
         head_bottleneck_dim=8,
         teacher_temperature=0.07,
         teacher_temperature_start=0.04,
+        center_momentum=0.9,
         **{"num_teacher_views": 2, "student_visible_ratio": 1.0, **settings},
     )
     return Dino(config, WIDTH, steps=100, num_global=num_global, num_local=num_local)

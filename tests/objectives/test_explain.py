@@ -47,7 +47,7 @@ def test_the_kinds_are_told_apart():
     _, _, rows = lines(dino=DinoConfig(student_temperature=0.2), steps=1000)
     assert rows["steps"].endswith("  given")
     assert rows["dino.student_temperature"].split() == ["0.2", "given"]
-    assert "default: DINO, equation 4" in rows["dino.center_momentum"]
+    assert "default: DINO, equation 4" in rows["dino.centering"]
     assert "auto: " in rows["optim.lr"] and "sqrt(batch / 1024)" in rows["optim.lr"]
     assert rows["mae"].split() == ["null", "switched", "off"]
     assert "mae.mask_ratio" not in rows

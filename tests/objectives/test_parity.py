@@ -133,6 +133,17 @@ def test_koleo():
     assert koleo_loss(torch.tensor(TEACHER)).item() == pytest.approx(koleo_as_loops(TEACHER), abs=1e-5)
 
 
+def test_koleo_finds_close_neighbours_under_autocast_too():
+    """Directions 1e-3 apart: in bf16 their cosines are all 1, and half-precision features would have no distance."""
+    angles = torch.cumsum(torch.linspace(1e-3, 2e-3, 12), 0)
+    features = torch.stack([angles.cos(), angles.sin(), torch.ones_like(angles)], dim=1)
+    assert len(set((features @ features.T).bfloat16().flatten().tolist())) == 1
+    with torch.autocast("cpu", torch.bfloat16):
+        assert koleo_loss(features).item() == pytest.approx(koleo_as_loops(features.tolist()), rel=1e-3)
+    halves = torch.tensor(TEACHER).bfloat16()
+    assert koleo_loss(halves).item() == pytest.approx(koleo_as_loops(halves.tolist()), abs=1e-5)
+
+
 def test_koleo_is_the_mean_over_views_that_never_meet():
     views = {Pass("student", "global", i): as_tokens(rows) for i, rows in enumerate((TEACHER, STUDENT))}
     views[Pass("teacher", "global", 0)] = as_tokens(STUDENT)
@@ -179,6 +190,7 @@ def test_ibot_loss():
     teacher = [[TEACHER, STUDENT], [STUDENT, TEACHER]]
     masks = [[[1, 0, 1, 1], [0, 0, 0, 0]], [[0, 1, 0, 0], [1, 1, 0, 0]]]
     config = IbotConfig(
+        center_momentum=0.9,
         num_prototypes=3,
         head_hidden_dim=4,
         head_bottleneck_dim=4,
@@ -286,7 +298,7 @@ def test_mae_loss_under_a_given_mask(norm_pixels, number):
 
 def test_dino_and_mae_ask_for_the_very_same_pass():
     heads = {"num_prototypes": 4, "head_hidden_dim": 4, "head_bottleneck_dim": 4}
-    temperatures = {"teacher_temperature": 0.04, "teacher_temperature_start": 0.04}
+    temperatures = {"teacher_temperature": 0.04, "teacher_temperature_start": 0.04, "center_momentum": 0.9}
     for ratio in (0.5, 0.6, 0.7, 0.75, 0.9):
         config = DinoConfig(**heads, **temperatures, num_teacher_views=1, student_visible_ratio=round(1 - ratio, 6))
         dino = Dino(config, 8, steps=10, num_global=2, num_local=0)

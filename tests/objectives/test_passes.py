@@ -44,7 +44,7 @@ def test_visible_and_removed_partition_the_patches():
 def test_masks_are_drawn_with_the_ids_and_moved_to_the_device():
     drawn = Draw(0, 0, torch.arange(6), torch.device("meta"))  # stands for a GPU
     heads = {"num_prototypes": 8, "head_hidden_dim": 8, "head_bottleneck_dim": 4}
-    config = IbotConfig(**heads, teacher_temperature=0.07, teacher_temperature_start=0.04)
+    config = IbotConfig(**heads, center_momentum=0.9, teacher_temperature=0.07, teacher_temperature_start=0.04)
     for masking in (drawn.visible(0, 49, 12), Ibot(config, 8, (7, 7), 10, 2).masking(drawn, 0, 49)):
         given = [t for t in (masking.keep, masking.removed, masking.mask) if t is not None]
         assert given and {t.device.type for t in given} == {"meta"}

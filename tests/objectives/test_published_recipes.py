@@ -76,6 +76,7 @@ def test_it_is_the_published_recipe(name):
     if config.dino is not None:  # no published recipe is the small-budget form
         assert (config.dino.weight, config.dino.student_visible_ratio, config.dino.num_teacher_views) == (1.0, 1.0, 2)
         assert (config.dino.head_hidden_dim, config.dino.head_bottleneck_dim) == (2048, 256)
+        assert config.dino.center_momentum == 0.9
     if config.ibot is not None:
         assert config.ibot.shared_head and config.ibot.num_prototypes == config.dino.num_prototypes
 

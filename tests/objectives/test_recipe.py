@@ -164,10 +164,19 @@ def test_no_two_configs_share_a_list():
     ("steps", "batch", "half_life"),
     [(60, 32, 69), (300, 16, 69), (5_000, 64, 250), (300_000, 512, 173), (100_000, 2048, 43)],
 )
-def test_the_teacher_never_outruns_its_centre(steps, batch, half_life):
-    """In steps; the centre's is 6.6. Only beyond DINO's batches does DINO's own half-life in images say less."""
+def test_the_teacher_never_follows_within_a_few_steps(steps, batch, half_life):
+    """Its half-life in steps; only beyond DINO's batches does DINO's own half-life in images say less than 69."""
     resolved, _ = resolve(PretrainConfig(data="x", steps=steps, batch_size=batch, dino=DinoConfig()), FACTS)
     assert -1 / math.log2(resolved.optim.momentum) == pytest.approx(half_life, abs=1)
+
+
+@pytest.mark.parametrize(("steps", "momentum"), [(30, 0.0992), (300, 0.7937), (660, 0.9), (100_000, 0.9)])
+def test_the_centre_is_there_early_in_the_run(steps, momentum):
+    sections = {"dino": DinoConfig(), "ibot": IbotConfig()}
+    resolved, _ = resolve(PretrainConfig(data="x", steps=steps, **sections), FACTS)
+    assert resolved.dino.center_momentum == resolved.ibot.center_momentum == momentum
+    reach = 1 - momentum ** max(1, steps // 25)
+    assert reach > 0.9, "in 4% of the run it is nine tenths of the way"
 
 
 @pytest.mark.parametrize(
