@@ -1,12 +1,12 @@
 """What small encoders learn of CIFAR-10 and Fashion-MNIST: DINO, MAE and both, beside random weights and raw pixels.
 
-    python benchmarks/cifar_fashion.py [--seeds 0 1 2] [--steps 300] [--arms mae ...] [--datasets cifar10 ...] [--quick]
+    python benchmarks/cifar_fashion.py [--seeds 0 1 2] [--steps 600] [--arms mae ...] [--datasets cifar10 ...] [--quick]
         [--json FILE] [--output-dir OUT]
 
 Every arm trains the same ViT (width 96, 4 blocks, patches of 4 pixels, images of 32) from scratch for equally many
 steps of 128 images on the training split, and is judged by `sslvit evaluate` on the whole test split: k-NN and linear
-probe on 10,000 labelled training images. joint, dino and mae are the recipes of equal_minutes.py. A training is about
-a minute of one core: the table says what that little buys, and judges the evaluation as much as the objectives.
+probe on 10,000 labelled training images. joint, dino and mae are the recipes of equal_minutes.py. A training is one to
+four minutes of one core: the table says what that little buys, and judges the evaluation as much as the objectives.
 
 Rows: `ARM/{knn,linear}/...` on each data set and seed, `random_init/...` the same network untrained, `pixels/...`
 images as they are, and `ARM/train/cpu_seconds`. A cell is one arm on one data set with one seed; OUT/runs and OUT/cells
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", help="default 0 1 2; 0 with --quick")
-    parser.add_argument("--steps", type=int, help=f"of {BATCH_SIZE} images; default 300, 4 with --quick")
+    parser.add_argument("--steps", type=int, help=f"of {BATCH_SIZE} images; default 600, 4 with --quick")
     parser.add_argument("--arms", nargs="+", choices=list(OURS), default=list(OURS))
     parser.add_argument("--datasets", nargs="+", choices=list(DATASETS), default=list(DATASETS))
     parser.add_argument("--quick", action="store_true", help="a few steps and 500 images: does everything run")
@@ -72,7 +72,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output-dir", type=Path, metavar="OUT", default=Path("runs/benchmark-cifar-fashion"))
     options = parser.parse_args(arguments)
     options.output_dir = options.output_dir.absolute()
-    options.steps = options.steps or (4 if options.quick else 300)
+    options.steps = options.steps or (4 if options.quick else 600)
     options.seeds = options.seeds or ([0] if options.quick else [0, 1, 2])
     return options
 

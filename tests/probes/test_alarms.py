@@ -155,7 +155,7 @@ def test_memory_is_numbers_that_survive_json():
         ({"optim": {"momentum": 0.0}}, "Raise optim.momentum (0; published .996"),
         (
             {"optim": {"momentum": 0.8}},
-            "Raise optim.momentum (0.8; auto takes .99 and more): the teacher changes faster",
+            "Raise optim.momentum (0.8; auto takes .99 and more): the teacher follows within a few steps",
         ),
         ({}, "dino.centering=sinkhorn"),
     ],
