@@ -42,9 +42,14 @@ class DinoHead(nn.Module):
         nn.init.trunc_normal_(self.prototypes, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Cosine similarity of each token to each prototype."""
+        """Cosine similarity of each token to each prototype.
+
+        Products are divided by the lengths of the prototypes: a unit-length copy of all of them, and the way back
+        through it, cost more than everything else in the head when K is large.
+        """
         features = F.normalize(self.mlp(tokens), dim=-1, eps=1e-6)
-        return F.linear(features, F.normalize(self.prototypes, dim=-1))
+        lengths = torch.linalg.vector_norm(self.prototypes, dim=-1).clamp_min(1e-12)
+        return F.linear(features, self.prototypes) / lengths
 
 
 def make_heads(config: DinoConfig | IbotConfig, embed_dim: int) -> tuple[DinoHead, DinoHead]:
@@ -80,10 +85,16 @@ def _global_max(values: Tensor) -> Tensor:
     return distributed.all_reduce_max_(largest)
 
 
-def cross_entropy(targets: Tensor, logits: Tensor, temperature: float) -> Tensor:
-    """Mean over samples of -sum_k targets log softmax(logits / temperature): (..., K) each -> scalar, in fp32."""
+def cross_entropy(targets: Tensor, logits: Tensor, faces: Tensor, temperature: float) -> Tensor:
+    """Mean over pairs of views, and over samples, of -sum_k target log softmax(logits / temperature), in fp32.
+
+    targets (G, B, K), logits (S, B, K); faces (S, G) is 1 where a student's view is compared with a target, else 0.
+    Each view is read once: -sum_k t log softmax(s) = logsumexp(s) - <t, s>, and sums of targets face it together.
+    """
     scaled = logits.float() / temperature
-    return (scaled.logsumexp(-1) - (targets * scaled).sum(-1)).mean()
+    together = torch.tensordot(faces, targets, dims=1)
+    total = (faces.sum(1) * scaled.logsumexp(-1).mean(1)).sum() - (together * scaled).sum() / logits.shape[1]
+    return total / faces.sum()
 
 
 @torch.no_grad()
@@ -226,17 +237,17 @@ class Dino(nn.Module):
         """Mean cross-entropy over all (teacher view, other student view) pairs (DINO, equation 3)."""
         with torch.no_grad():
             logits = self.teacher_logits(list(tokens), tokens)
-            targets = self.centering.targets(logits, self.temperature(step)).chunk(len(self.teacher_views))
+            targets = self.centering.targets(logits, self.temperature(step))
         student = [p for p in tokens if p.network == "student"]
-        logits = self.student_head(torch.cat([tokens[p].cls for p in student])).chunk(len(student))
-        losses = [
-            cross_entropy(target, logit, self.config.student_temperature)
-            for view, target in zip(self.teacher_views, targets, strict=True)
-            for p, logit in zip(student, logits, strict=True)
-            if not (p.crop == "global" and p.index == view)
-        ]
-        loss = torch.stack(losses).mean()
-        return loss, target_health("dino", torch.cat(targets), loss)
+        logits = self.student_head(torch.cat([tokens[p].cls for p in student]))
+        faces = [[float(p.crop != "global" or p.index != view) for view in self.teacher_views] for p in student]
+        loss = cross_entropy(
+            targets.unflatten(0, (len(self.teacher_views), -1)),
+            logits.unflatten(0, (len(student), -1)),
+            torch.tensor(faces).to(logits.device, non_blocking=True),
+            self.config.student_temperature,
+        )
+        return loss, target_health("dino", targets, loss)
 
     def before_update(self, step: int) -> None:
         """The prototypes stand still at the start (DINO, section 3.2: freeze_last_layer)."""

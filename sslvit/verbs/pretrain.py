@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sslvit import distributed
+from sslvit import distributed, memory
 from sslvit.config import PretrainConfig, as_dict, check_config, load_config
 from sslvit.data.decode import BadFiles, BadImage, decode
 from sslvit.data.loader import Loader, measure_range, measure_statistics
@@ -81,7 +81,7 @@ def _run(config: PretrainConfig, folder: RunFolder, device: torch.device) -> Non
     groups = param_groups(module, optim.weight_decay, _required(optim.layer_decay), encoder_prefix="student.")
     optimizer = adamw(groups, lr=_required(optim.lr), betas=(optim.beta1, _required(optim.beta2)))
     monitor = _monitor(resolved, source, preprocessing)
-    with StopFlag() as stop:
+    with StopFlag() as stop, memory.kept(device):
         train(
             module,
             loader,
