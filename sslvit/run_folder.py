@@ -625,9 +625,9 @@ def peak_memory_bytes() -> int:
 
     Linux's own word for it where there is one: `getrusage` counts on from the peak of the process that started it.
     """
-    with contextlib.suppress(OSError, IndexError):
+    with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")][0]
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
     import resource  # there is none on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

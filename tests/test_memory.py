@@ -12,11 +12,11 @@ glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C libr
 MEGABYTES = 96
 
 
-def faults() -> int:
-    """Pages that three rounds of a step take from the system: two blocks, one freed before the other."""
+def faults(steps: int = 4) -> int:
+    """Pages that `steps` take from the system: two blocks each, one freed before the other."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(3):
-        blocks = [torch.zeros(MEGABYTES * 2**17) for _ in range(2)]
+    for _ in range(steps):
+        blocks = [torch.ones(MEGABYTES * 2**18) for _ in range(2)]
         del blocks[0], blocks
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
@@ -31,7 +31,7 @@ def resident() -> float:
 def test_steps_take_no_new_pages_inside_and_do_outside():
     pages = MEGABYTES * 2**20 // resource.getpagesize()
     with memory.kept():
-        faults()  # the first takes them
+        faults(8)  # the first take them
         with memory.kept("cpu"):
             pass
         assert faults() < pages / 4, "one within another gives nothing back"

@@ -8,8 +8,9 @@ read one student pass. Sinkhorn-Knopp centering as in SwAV (arXiv:2006.09882) an
 from __future__ import annotations
 
 import copy
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -44,10 +45,12 @@ class DinoHead(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Cosine similarity of each token to each prototype.
 
-        Products are divided by the lengths of the prototypes: a unit-length copy of all of them, and the way back
-        through it, cost more than everything else in the head when K is large.
+        The products of few tokens are divided by the lengths of the prototypes: a unit-length copy of many prototypes,
+        and the way back through it, would cost more than the rest of the head.
         """
         features = F.normalize(self.mlp(tokens), dim=-1, eps=1e-6)
+        if features.shape[:-1].numel() > 2 * features.shape[-1]:
+            return F.linear(features, F.normalize(self.prototypes, dim=-1))
         lengths = torch.linalg.vector_norm(self.prototypes, dim=-1).clamp_min(1e-12)
         return F.linear(features, self.prototypes) / lengths
 
@@ -85,16 +88,20 @@ def _global_max(values: Tensor) -> Tensor:
     return distributed.all_reduce_max_(largest)
 
 
-def cross_entropy(targets: Tensor, logits: Tensor, faces: Tensor, temperature: float) -> Tensor:
+def cross_entropy(
+    targets: Sequence[Tensor], logits: Sequence[Tensor], faces: Sequence[tuple[int, ...]], temperature: float
+) -> Tensor:
     """Mean over pairs of views, and over samples, of -sum_k target log softmax(logits / temperature), in fp32.
 
-    targets (G, B, K), logits (S, B, K); faces (S, G) is 1 where a student's view is compared with a target, else 0.
-    Each view is read once: -sum_k t log softmax(s) = logsumexp(s) - <t, s>, and sums of targets face it together.
+    targets: G x (B, K), logits: S x (B, K); faces: for each student's view the targets it is compared with. A view is
+    read once, however many it faces: -sum_k t log softmax(s) = logsumexp(s) - <t, s>, and targets are summed.
     """
-    scaled = logits.float() / temperature
-    together = torch.tensordot(faces, targets, dims=1)
-    total = (faces.sum(1) * scaled.logsumexp(-1).mean(1)).sum() - (together * scaled).sum() / logits.shape[1]
-    return total / faces.sum()
+    sums = {face: functools.reduce(torch.add, (targets[i] for i in face)) for face in set(faces)}
+    total = torch.zeros((), device=targets[0].device)
+    for view, face in zip(logits, faces, strict=True):
+        scaled = view.float() / temperature
+        total = total + len(face) * scaled.logsumexp(-1).mean() - (sums[face] * scaled).sum(-1).mean()
+    return total / sum(len(face) for face in faces)
 
 
 @torch.no_grad()
@@ -240,13 +247,12 @@ class Dino(nn.Module):
             targets = self.centering.targets(logits, self.temperature(step))
         student = [p for p in tokens if p.network == "student"]
         logits = self.student_head(torch.cat([tokens[p].cls for p in student]))
-        faces = [[float(p.crop != "global" or p.index != view) for view in self.teacher_views] for p in student]
-        loss = cross_entropy(
-            targets.unflatten(0, (len(self.teacher_views), -1)),
-            logits.unflatten(0, (len(student), -1)),
-            torch.tensor(faces).to(logits.device, non_blocking=True),
-            self.config.student_temperature,
-        )
+        faces = [
+            tuple(i for i, view in enumerate(self.teacher_views) if p.crop != "global" or p.index != view)
+            for p in student
+        ]
+        facing = targets.chunk(len(self.teacher_views))
+        loss = cross_entropy(facing, logits.chunk(len(student)), faces, self.config.student_temperature)
         return loss, target_health("dino", targets, loss)
 
     def before_update(self, step: int) -> None:
