@@ -4,8 +4,10 @@
 
 Works: `jpeg` makes 2 x 224 + 8 x 96 views of 500 x 375 JPEGs, decoding included; `tiny` makes 2 x 32 + 4 x 16 views of
 32 x 32 images in memory. All variants run round-robin in one process on one thread, timed by the processor time they
-take (rounds.py); the ratio is that of medians.
-Rows: `data/WORK/VARIANT/images_per_second` and `data/WORK/{geometry,full}/ratio` over DINO's, above 1 is faster.
+take (rounds.py); the ratio is that of medians. `workers` makes the views of `jpeg` on every core, in wall time: in the
+`threads` of our loader and in `processes` of torch's, which call the same functions.
+Rows: `data/WORK/VARIANT/images_per_second`, `data/{jpeg,tiny}/{geometry,full}/ratio` over DINO's and
+`data/workers/threads/ratio` over processes, above 1 is faster.
 """
 
 from __future__ import annotations
@@ -14,24 +16,28 @@ import argparse
 import io
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageFilter, ImageOps
 from rounds import Probe, measure
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms as v1
 from torchvision.transforms import InterpolationMode, v2
 
 from sslvit.data.config import DINO_PHOTOMETRY, CropsConfig
+from sslvit.data.crops import make_views
 from sslvit.data.decode import decode
-from sslvit.data.loader import Loader
+from sslvit.data.loader import Loader, usable_cores
 from sslvit.data.photometry import apply
 from sslvit.encoder.config import IMAGENET_MEAN, IMAGENET_STD
 
 JPEG_CROPS = CropsConfig(num_global=2, global_scale=[0.4, 1.0], num_local=8, local_size=96)
 TINY_CROPS = CropsConfig(num_global=2, global_scale=[0.4, 1.0], num_local=4, local_size=16)
+WORKS = ("jpeg", "tiny", "workers")
+PACE = 16  # batches in one timing of workers, several times what they keep ready
 JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
 
 
@@ -165,9 +171,39 @@ def variants(source: Jpegs, crops: CropsConfig, size: int, batch: int) -> dict[s
     return {"dino_pillow": dino, "torchvision_v2": torchvision, "geometry": lambda: next(geometry), "full": ours_full}
 
 
-def rates_of(work: dict[str, Callable[[], None]], batch: int, seconds: float) -> dict[str, list[float]]:
+class ViewsDataset(Dataset):
+    """All views of an image, made by our functions; for torch's DataLoader."""
+
+    def __init__(self, source: Jpegs, crops: CropsConfig, size: int) -> None:
+        self.source, self.crops, self.size = source, crops, size
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> list[torch.Tensor]:
+        made = make_views(decode(self.source.read(index)), self.crops, self.size, DINO_PHOTOMETRY, 0, 0, index)
+        return list(vars(made).values())
+
+
+def by_workers(source: Jpegs, crops: CropsConfig, size: int, batch: int, cores: int) -> dict[str, Callable[[], None]]:
+    """Name -> a function that takes PACE batches from workers that are running."""
+    loader = Loader(source, crops, DINO_PHOTOMETRY, size, 3, batch, seed=0, num_workers=cores, cache_bytes=0)
+    threads = iter(loader)
+    dataset = ViewsDataset(source, crops, size)
+    endless = RandomSampler(dataset, replacement=True, num_samples=10**9)
+    processes = iter(DataLoader(dataset, batch, sampler=endless, num_workers=cores))
+
+    def take(stream: Iterator) -> None:
+        for _ in range(PACE):
+            next(stream)
+
+    return {"threads": lambda: take(threads), "processes": lambda: take(processes)}
+
+
+def rates_of(
+    work: dict[str, Callable[[], None]], batch: int, seconds: float, clock: Callable[[], float] = time.process_time
+) -> dict[str, list[float]]:
     """Images a second of each variant, the timings that count."""
-    clock = time.process_time
     timings = measure(work, seconds=seconds, wanted=10_000, probe=Probe(512, clock), clock=clock)
     return {name: [batch / took for took in timing.seconds] for name, timing in timings.items()}
 
@@ -180,9 +216,21 @@ def row(name: str, value: float, rates: list[float], data: str) -> dict:
 def rows_of(work: str, rates: dict[str, list[float]], data: str) -> list[dict]:
     medians = {name: float(np.median(values)) for name, values in rates.items()}
     rows = [row(f"data/{work}/{name}/images_per_second", medians[name], rates[name], data) for name in rates]
-    for name in ("geometry", "full"):
-        rows.append(row(f"data/{work}/{name}/ratio", medians[name] / medians["dino_pillow"], rates[name], data))
+    others = {"geometry": "dino_pillow", "full": "dino_pillow", "threads": "processes"}
+    for name in rates.keys() & others.keys():
+        rows.append(row(f"data/{work}/{name}/ratio", medians[name] / medians[others[name]], rates[name], data))
     return rows
+
+
+def run(work: str, seconds: float) -> list[dict]:
+    """The rows of a work."""
+    if work == "workers":
+        source, batch, cores = Jpegs(), 16, usable_cores()
+        made = by_workers(source, JPEG_CROPS, 224, batch, cores)
+        rates = rates_of(made, PACE * batch, seconds, time.perf_counter)
+        return rows_of(work, rates, f"{source.spec}, {cores} workers")
+    source, crops, size, batch = {"jpeg": (Jpegs(), JPEG_CROPS, 224, 8), "tiny": (Tiny(), TINY_CROPS, 32, 64)}[work]
+    return rows_of(work, rates_of(variants(source, crops, size, batch), batch, seconds), source.spec)
 
 
 def main() -> None:
@@ -192,12 +240,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     done = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
-    for work, source, crops, size, batch in (("jpeg", Jpegs, JPEG_CROPS, 224, 8), ("tiny", Tiny, TINY_CROPS, 32, 64)):
+    for work in WORKS:
         if any(entry["name"].startswith(f"data/{work}/") for entry in done):
             continue
-        made = source()
-        rates = rates_of(variants(made, crops, size, batch), batch, 20 if options.quick else 120)
-        done += rows_of(work, rates, made.spec)
+        done += run(work, 20 if options.quick else 120)
         if options.json:
             options.json.write_text(json.dumps(done, indent=1) + "\n")
     for entry in done:

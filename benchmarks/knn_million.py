@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -26,7 +25,7 @@ import numpy as np
 
 from sslvit.probes.knn import NUM_NEIGHBOURS, TEMPERATURE, knn
 from sslvit.probes.rows import describe, row
-from sslvit.run_folder import write_atomically
+from sslvit.run_folder import peak_memory_bytes, write_atomically
 
 NUM_CLASSES = 1000
 NOISE = 3.0  # of a cloud, beside centres of unit variance: a task that is neither trivial nor hopeless
@@ -104,7 +103,7 @@ def measure(way: str, sizes: dict[str, int], folder: Path) -> None:
     """One cell: answers to FOLDER/WAY.npz, seconds and memory to FOLDER/WAY.json."""
     if way == "torch":
         import torch  # noqa: F401 (its import is no part of the time, nor of the memory)
-    before = peak_bytes()
+    before = peak_memory_bytes()
     train, labels = clouds(sizes["rows"], sizes["dim"], seed=1)
     queries, truth = clouds(sizes["queries"], sizes["dim"], seed=2)
     asked = queries[:CHECKED] if way == "exact" else queries
@@ -114,18 +113,12 @@ def measure(way: str, sizes: dict[str, int], folder: Path) -> None:
     facts = {
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
-        "memory": (peak_bytes() - before) / train.nbytes,
+        "memory": (peak_memory_bytes() - before) / train.nbytes,
         "top1": float((rankings[20][:, 0] == truth[: len(asked)]).mean()),
         "threads": int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1),
     }
     np.savez(folder / f"{way}.npz", **{str(k): found for k, found in rankings.items()})
     write_atomically(folder / f"{way}.json", json.dumps(facts) + "\n")
-
-
-def peak_bytes() -> int:
-    """The largest memory this process has held."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def results(folder: Path, sizes: dict[str, int]) -> list[dict]:

@@ -37,6 +37,16 @@ class Batch:
     local_crops: list[Tensor] = field(default_factory=list)  # each (B, 3, h, w)
     noise: Tensor | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """Where the crops are."""
+        return self.global_crops[0].device
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same on another device."""
+        crops = ([crop.to(device) for crop in crops] for crops in (self.global_crops, self.local_crops))
+        return Batch(*crops, None if self.noise is None else self.noise.to(device))
+
 
 # ---- the encoder ----------------------------------------------------------------------------------------------------
 
@@ -154,7 +164,7 @@ class PlainDino(nn.Module):
         """Cross-entropy over all pairs of a global view and another view; moves the centre."""
         students = (student / STUDENT_TEMPERATURE).chunk(num_crops)
         targets = F.softmax((teacher - self.center) / TEACHER_TEMPERATURE, dim=-1).detach().chunk(2)
-        total, terms = torch.zeros(()), 0
+        total, terms = student.new_zeros(()), 0
         for i, target in enumerate(targets):
             for j, logits in enumerate(students):
                 if i != j:
@@ -167,7 +177,7 @@ class PlainDino(nn.Module):
 
     def step(self, batch: Batch, bf16: bool = False) -> float:
         num_crops = len(batch.global_crops) + len(batch.local_crops)
-        with autocast(bf16):
+        with autocast(batch, bf16):
             with torch.no_grad():
                 teacher = self._forward(self.teacher, batch, with_local=False)
             student = self._forward(self.student, batch, with_local=True)
@@ -212,7 +222,7 @@ class PlainMae(nn.Module):
         restore = shuffle.argsort(dim=1)
         keep = shuffle[:, :num_visible]
         visible = patches.gather(1, keep[..., None].expand(-1, -1, dim))
-        mask = torch.ones(batch, length)
+        mask = torch.ones(batch, length, device=images.device)
         mask[:, :num_visible] = 0
         mask = mask.gather(1, restore)
         x = self.embed(self.encoder.encode(visible))
@@ -234,7 +244,7 @@ class PlainMae(nn.Module):
         return (x - x.mean(dim=-1, keepdim=True)) / (x.var(dim=-1, keepdim=True) + 1e-6) ** 0.5
 
     def step(self, batch: Batch, bf16: bool = False) -> float:
-        with autocast(bf16):
+        with autocast(batch, bf16):
             loss = self.loss(batch.global_crops[0], batch.noise)
         value = loss.item()
         loss.backward()
@@ -266,6 +276,6 @@ def clip_one_by_one(parameters: Iterable[Tensor]) -> None:
                 parameter.grad.mul_(scale)
 
 
-def autocast(bf16: bool) -> contextlib.AbstractContextManager:
-    """bf16 where asked for; on the CPU."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+def autocast(batch: Batch, bf16: bool) -> contextlib.AbstractContextManager:
+    """bf16 where asked for, on the batch's device."""
+    return torch.autocast(batch.device.type, torch.bfloat16, enabled=bf16)

@@ -2,16 +2,21 @@
 
 All variants run in one process, round after round. A matrix product before and after every run says how fast the
 machine is just then; a timing counts when both reached GATE of the best ever seen. Ratios are of medians, and the ratio
-of minima stands beside them as a check. Means and maxima say nothing here.
+of minima stands beside them as a check. Means and maxima say nothing here. One thread is timed by the processor's clock
+(`own_clock`), which stands still while somebody else has the core.
 """
 
 from __future__ import annotations
 
 import gc
+import os
+import platform
+import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -50,9 +55,13 @@ class Probe:
     """Called, it multiplies two matrices of `side` and returns how fast: FLOPs a second by `clock`; `best` so far."""
 
     def __init__(
-        self, side: int = 768, clock: Callable[[], float] = time.perf_counter, dtype: torch.dtype = torch.float32
+        self,
+        side: int = 768,
+        clock: Callable[[], float] = time.perf_counter,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
     ) -> None:
-        self._matrix, self._clock = torch.ones(side, side, dtype=dtype), clock
+        self._matrix, self._clock = torch.ones(side, side, dtype=dtype, device=device), clock
         self._flops = 2 * side**3
         self.best = 0.0
         self()
@@ -60,9 +69,32 @@ class Probe:
     def __call__(self) -> float:
         began = self._clock()
         self._matrix @ self._matrix
+        if self._matrix.is_cuda:
+            torch.cuda.synchronize()
         speed = self._flops / max(1e-9, self._clock() - began)
         self.best = max(self.best, speed)
         return speed
+
+
+def own_clock() -> Callable[[], float]:
+    """Processor time where this process computes in one thread, so that others' turns do not count; else wall time."""
+    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
+def children_clock() -> float:
+    """Processor time of the processes that this one has started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def machine() -> str:
+    """The device that computes, for the protocol of a row."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, {os.cpu_count()} cores"
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{model} with {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"
 
 
 def measure(
@@ -74,7 +106,7 @@ def measure(
     clock: Callable[[], float] = time.perf_counter,
     before: Callable[[str], object] | None = None,
 ) -> dict[str, Timing]:
-    """Time each variant in turn until all have `wanted` timings that count, or `seconds` are over.
+    """Time each variant in turn until all have `wanted` timings that count, or `seconds` by `clock` are over.
 
     Each runs once untimed. before(name) runs untimed before each run. At least two rounds are made.
     """
@@ -83,8 +115,8 @@ def measure(
         _prepare(before, name)
         run()
     seen: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
-    end, rounds = time.perf_counter() + seconds, 0
-    while rounds < 2 or (time.perf_counter() < end and not _enough(seen, probe.best, wanted)):
+    end, rounds = clock() + seconds, 0
+    while rounds < 2 or (clock() < end and not _enough(seen, probe.best, wanted)):
         for name, run in variants.items():
             _prepare(before, name)
             speed, began = probe(), clock()

@@ -87,25 +87,27 @@ class Built:
     missing: dict[str, str]  # peers that are not here, and why
 
 
-def build(work: StepWork, with_peers: bool = True) -> Built:
-    """All variants from the same weights; peers only for a single objective."""
+def build(work: StepWork, device: str = "cpu") -> Built:
+    """All variants from the same weights; peers only for a single objective, lightly only on the CPU."""
     torch.manual_seed(0)
     module = our_module(work)
-    batch = make_batch(work)
+    batch = make_batch(work).to(device)
     steps: dict[str, Step] = {}
     missing: dict[str, str] = {}
-    if with_peers and len(work.objectives) == 1:
+    if len(work.objectives) == 1:
         encoder = module.student
         dino = work.objectives == ("dino",)
         head = module.objectives["dino"].student_head if dino else None
         decoder = module.objectives["mae"] if not dino else None
         plain = PlainDino(encoder, head) if dino else PlainMae(encoder, decoder, decoder.config.mask_ratio)
-        steps["official"] = plain.step
-        if importlib.util.find_spec("lightly") is None:
+        steps["official"] = plain.to(device).step
+        if device != "cpu":
+            missing["lightly"] = "is timed on the CPU"
+        elif importlib.util.find_spec("lightly") is None:
             missing["lightly"] = "lightly is not installed; pip install 'sslvit[bench]'"
         else:
             steps["lightly"] = (LightlyDino(encoder, head) if dino else LightlyMae(work, encoder, decoder)).step
-    steps["ours"] = OurStep(module, work).step
+    steps["ours"] = OurStep(module.to(device), work).step
     return Built(steps, batch, missing)
 
 
@@ -123,6 +125,7 @@ def make_batch(work: StepWork) -> Batch:
 
 def parity(built: Built, steps: int) -> dict[str, list[float]]:
     """fp32 losses of each variant over `steps` steps; ValueError when one is further than TOLERANCE from the first."""
+    torch.backends.cudnn.allow_tf32 = False  # the one place where a GPU's fp32 is less by default
     losses = {name: [step(built.batch, False) for _ in range(steps)] for name, step in built.steps.items()}
     first, reference = next(iter(losses.items()))
     for name, values in losses.items():
@@ -188,7 +191,7 @@ class OurStep:
 
     def step(self, batch: Batch, bf16: bool = False) -> float:
         self.optimizer.zero_grad(set_to_none=True)
-        with autocast(bf16):
+        with autocast(batch, bf16):
             loss, _ = self.module(as_views(batch), STEP)
         loss.backward()
         self.module.before_update(STEP)
@@ -248,7 +251,7 @@ class LightlyDino:
     def step(self, batch: Batch, bf16: bool = False) -> float:
         self.follow(self.student, self.teacher, m=MOMENTUM)
         self.follow(self.head, self.teacher_head, m=MOMENTUM)
-        with autocast(bf16):
+        with autocast(batch, bf16):
             with torch.no_grad():
                 targets = [self.teacher_head(self.teacher(view).flatten(start_dim=1)) for view in batch.global_crops]
             views = [*batch.global_crops, *batch.local_crops]
@@ -308,7 +311,7 @@ class LightlyMae:
         order = batch.noise.argsort(dim=1, stable=True) + 1
         keep = torch.cat([torch.zeros(len(order), 1, dtype=order.dtype), order[:, :num_visible]], dim=1)
         removed = order[:, num_visible:]
-        with autocast(bf16):
+        with autocast(batch, bf16):
             embedded = self.decoder.embed(self.encoder.encode(images=images, idx_keep=keep))
             tokens = utils.repeat_token(self.decoder.mask_token, (len(images), length + 1))
             tokens = utils.set_at_index(tokens, keep, embedded.type_as(tokens))

@@ -21,6 +21,7 @@ from torchvision.io import ImageReadMode, read_image
 from sslvit.data.config import DINO_PHOTOMETRY, CropsConfig
 from sslvit.data.loader import Loader, Views
 from sslvit.data.sources import open_source
+from sslvit.distributed import compiles
 from sslvit.objectives.pretraining import Pretraining
 from sslvit.optim import clip_grad_norm_, step_unless
 
@@ -50,34 +51,39 @@ class V2Views(Dataset):
         return [view(image) for view in self.views]
 
 
-def runs(work: StepWork, folder: Path, steps: int, workers: int) -> dict[str, Callable[[], None]]:
-    """Name -> train `steps` steps. `ours`; our step on torchvision's views; the published step on them, in fp32."""
+def runs(work: StepWork, folder: Path, steps: int, workers: int, device: str = "cpu") -> dict[str, Callable[[], None]]:
+    """Name -> train `steps` steps. `ours`; our step on torchvision's views; the published step on them.
+
+    The published step is in fp32 on a CPU, as its 16 bits are for CUDA only, and under autocast to bf16 on a GPU.
+    """
     torch.manual_seed(0)
     module = our_module(work)
     config = our_config(work)
-    plain = PlainDino(module.student, module.objectives["dino"].student_head)
+    plain = PlainDino(module.student, module.objectives["dino"].student_head).to(device)
+    module.to(device).compile_blocks(compiles(device))
+    on_gpu = device != "cpu"
     colour = module._colour
     ours = OurStep(module, work)
     views = V2Views(folder, config.crops, work.image)
 
     def train_ours(batches: Iterator[tuple[Views, int]]) -> None:
         module._colour = colour  # type: ignore[method-assign]
-        _step(module, ours, next(batches)[0])
+        _step(module, ours, next(batches)[0].to(device))
 
     def train_on_floats(batches: Iterator[list[Tensor]]) -> None:
         module._colour = lambda views: {"global": views.global_crops, "local": views.local_crops}  # type: ignore
-        ours.step(_batch(next(batches)), True)
+        ours.step(_batch(next(batches)).to(device), True)
 
     def train_plainly(batches: Iterator[list[Tensor]]) -> None:
-        plain.step(_batch(next(batches)), False)
+        plain.step(_batch(next(batches)).to(device), on_gpu)
 
     def open_ours() -> Iterator[tuple[Views, int]]:
         source = open_source(f"folder:{folder}")
         return iter(Loader(source, config.crops, DINO_PHOTOMETRY, work.image, 3, work.batch, seed=0,
-                           num_workers=workers, cache_bytes=0))  # fmt: skip
+                           num_workers=workers, pin_memory=on_gpu, cache_bytes=0))  # fmt: skip
 
     def open_v2() -> Iterator[list[Tensor]]:
-        return iter(DataLoader(views, work.batch, shuffle=True, drop_last=True, num_workers=workers))
+        return iter(DataLoader(views, work.batch, True, num_workers=workers, drop_last=True, pin_memory=on_gpu))
 
     return {
         "ours": Paced(open_ours, train_ours, steps),
@@ -93,7 +99,7 @@ def _batch(views: list[Tensor]) -> Batch:
 def _step(module: Pretraining, ours: OurStep, views: Views) -> None:
     """As `OurStep.step`, with colour."""
     ours.optimizer.zero_grad(set_to_none=True)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(views.global_crops.device.type, torch.bfloat16):
         loss, _ = module(views, STEP)
     loss.backward()
     norm = clip_grad_norm_(module.parameters(), ours.clip)
@@ -118,6 +124,8 @@ class Paced:
         assert self._stream is not None
         for _ in range(self._steps):
             self._step(self._stream)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
 
     def stop(self) -> None:
         """Ends the workers, so that they do not run beside another variant."""

@@ -10,7 +10,8 @@ one process, gated by a matrix product (rounds.py).
 
 Works: the steps dino_vits16, dino_vitti8, mae_vits16, joint_vits16 (DINO and MAE together beside DINO alone); features;
 views_geometry and views_full (one core, decoding included); training (from a folder of JPEG files); knn; probe (52
-heads); help; growth.
+heads); help; growth; and on a GPU gpu_training_vits16 (the same from JPEG files) and gpu_step_vitb16 (utilisation of
+the step alone, memory), which say `skipped` without one.
 
 Rows: `vs_peers/WORK/PEER/ratio`, the peer's time over ours, above 1 is faster; `vs_peers/WORK/VARIANT/seconds`, and of
 steps `/utilisation`, the share of the peak in the precision of the variant. `joint_vits16/ours_dino/cost` is our joint
@@ -21,21 +22,25 @@ size^exponent. OUT/cells keeps finished works; they are not run again.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from rounds import Probe, Timing, measure, ratio
+from rounds import Probe, Timing, children_clock, machine, measure, own_clock, ratio
 
-from sslvit.distributed import native_bf16
+from sslvit import memory
+from sslvit.data.loader import usable_cores
+from sslvit.distributed import compiles, native_bf16
 from sslvit.probes.rows import describe, row
 from sslvit.run_folder import write_atomically
+from sslvit.utilisation import peak_flops
 
 #: What a ratio should reach at least, and what it aims at. Of `cost` and `memory_mb` lower is better.
 GOALS = {
@@ -56,8 +61,11 @@ GOALS = {
     "knn/ours/memory_mb": (100.0, 100.0),
     "probe/one_by_one/ratio": (5.0, 10.0),
     "help/stack/ratio": (40.0, 60.0),
+    "gpu_training_vits16/ours/images_per_second": (2500.0, 3500.0),
+    "gpu_step_vitb16/ours/utilisation": (0.4, 0.5),
 }
-LOWER_IS_BETTER = ("cost", "memory_mb")
+LOWER_IS_BETTER = ("cost", "memory_mb", "memory_share")
+NO_GPU = "no CUDA device"
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,7 @@ class Rows:
 
     def add(self, name: str, value: float, how: str) -> None:
         threads = torch.get_num_threads()
-        protocol = describe(f"{self.words}; {how}", "", threads=threads, torch=torch.__version__)
+        protocol = describe(f"{self.words}; {how}", "", machine=machine(), threads=threads, torch=torch.__version__)
         self.rows.append(row(f"vs_peers/{self.work}/{name}", value, ci95=None, protocol=protocol, data="", seed=0))
 
     def timings(self, timings: dict[str, Timing], ours: str = "ours") -> None:
@@ -100,6 +108,27 @@ class Rows:
                 self.add(
                     f"{name}/ratio", medians, f"{timing.words()} over {timings[ours].words()}; minima {minima:.2f}"
                 )
+
+
+@contextlib.contextmanager
+def settled(variants: Mapping[str, Callable[[], object]] | None = None) -> Iterator[Callable[[str], None]]:
+    """For `measure`'s `before`: ours keep freed memory as in training, the others leave it to the C library.
+
+    After a change the next of `variants` runs once untimed.
+    """
+    held, kept = contextlib.ExitStack(), False
+
+    def settle(label: str) -> None:
+        nonlocal kept
+        if label.startswith("ours") == kept:
+            return
+        kept = not kept
+        held.enter_context(memory.kept()) if kept else held.close()
+        if variants is not None:
+            variants[label]()
+
+    with held:
+        yield settle
 
 
 # ---- training steps -------------------------------------------------------------------------------------------------
@@ -115,56 +144,112 @@ def step_work(name: str):
         "dino_vitti8": StepWork(("dino",), "vit_tiny_patch16_224", 8, 64, 32, num_local=6, local=32),
         "mae_vits16": StepWork(("mae",), "vit_small_patch16_224", 16, 224, 16),
         "joint_vits16": replace(small, objectives=("dino", "mae")),
+        "gpu_training_vits16": replace(small, batch=128),
+        "gpu_step_vitb16": replace(small, encoder="vit_base_patch16_224", batch=64),
     }[name]
 
 
 def steps(name: str, context: Context) -> Found:
-    """One training step: ours in bf16 beside the peers, in fp32 and under autocast, after their losses agreed."""
+    """One training step: ours in bf16 beside the peers, in fp32 and under autocast, after their losses agreed.
+
+    On a GPU ours is compiled, as it trains there, and only the published step stands beside it.
+    """
+    device = "cuda" if name.startswith("gpu") else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        return Found([], {name: NO_GPU})
     from step_peers import build, flops, parity, shrunk
 
     work = shrunk(step_work(name)) if context.quick else step_work(name)
-    built = build(work)
+    built = build(work, device=device)
     losses = parity(built, 2 if "mae" in work.objectives else 3)
     print("   losses in fp32:", "; ".join(f"{k} {' '.join(f'{x:.6f}' for x in v)}" for k, v in losses.items()))
-    needed, batch = flops(built), built.batch
-    variants = {"ours": lambda: built.steps["ours"](batch, context.bf16)}
-    precisions = {"ours": context.bf16}
-    for peer in [peer for peer in built.steps if peer != "ours"]:
-        for bf16 in (False, True) if context.bf16 else (False,):
-            label = f"{peer}_autocast" if bf16 else peer
-            variants[label] = lambda step=built.steps[peer], bf16=bf16: step(batch, bf16)
-            precisions[label] = bf16
-    if context.bf16:
-        variants["ours_fp32"], precisions["ours_fp32"] = lambda: built.steps["ours"](batch, False), False
-    if context.compiled:
-        variants["ours_compiled"], precisions["ours_compiled"] = _compiled(built, context.bf16), context.bf16
-    types = {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if context.bf16 else {})
-    peaks = {precision: Probe(1024, dtype=dtype) for precision, dtype in types.items()}  # the best seen between steps
-    before = lambda label: [peak() for peak in peaks.values()]  # noqa: E731
-    timings = measure(variants, seconds=context.seconds, before=before)
+    needed, bf16 = flops(built), context.bf16 or device == "cuda"
+    variants, precisions = _variants(built, bf16, context.compiled)
+    clock, peaks, side = own_clock(), {}, 1024 if device == "cpu" else 8192
+    for precision in set(precisions.values()):
+        peaks[precision] = Probe(side, clock, getattr(torch, precision), device)  # the best seen between steps
+    judge = Probe(768 if device == "cpu" else 4096, clock, device=device)
+    with settled(variants) as settle:
+
+        def before(label: str) -> None:
+            settle(label)
+            for peak in peaks.values():
+                peak()
+
+        timings = measure(variants, seconds=context.seconds, probe=judge, clock=clock, before=before)
     rows = Rows(name, work.words())
     rows.timings(timings)
     for label, timing in timings.items():
-        precision = "bf16" if precisions[label] else "fp32"
-        share, best = needed / timing.median / peaks[precision].best, peaks[precision].best / 1e9
-        rows.add(
-            f"{label}/utilisation", share, f"{needed / 1e9:.1f} GFLOP a step, peak in {precision} {best:.0f} GFLOP/s"
-        )
+        best = _peak(peaks[precisions[label]], device, precisions[label])
+        words = f"{needed / 1e9:.1f} GFLOP a step, peak in {precisions[label]} {best / 1e9:.0f} GFLOP/s"
+        rows.add(f"{label}/utilisation", needed / timing.median / best, words)
+    if device == "cuda":
+        _memory(rows, variants)
     return Found(rows.rows, built.missing)
 
 
-def _compiled(built, bf16: bool) -> Callable[[], float]:
+def _variants(built, bf16: bool, compiled: bool) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+    """Each step on its batch, and the precision it computes in. `compiled` adds our step through torch.compile."""
+    batch, precisions = built.batch, {"ours": "bfloat16" if bf16 else "float32"}
+    on_gpu = batch.device.type == "cuda"
+    ours = _compiled(built) if on_gpu else built.steps["ours"]
+    variants: dict[str, Callable[[], object]] = {"ours": lambda: ours(batch, bf16)}
+
+    def add(label: str, step: Callable, bf16: bool) -> None:
+        variants[label] = lambda: step(batch, bf16)
+        precisions[label] = "bfloat16" if bf16 else "float32"
+
+    for peer in [peer for peer in built.steps if peer != "ours"]:
+        if not on_gpu:
+            add(peer, built.steps[peer], False)
+        if bf16:
+            add(f"{peer}_autocast", built.steps[peer], True)
+    if bf16 and not on_gpu:
+        add("ours_fp32", built.steps["ours"], False)
+    if on_gpu:
+        add("ours_eager", built.steps["ours"], True)
+    elif compiled:
+        add("ours_compiled", _compiled(built), bf16)
+    return {label: lambda run=run: _finished(run, on_gpu) for label, run in variants.items()}, precisions
+
+
+def _finished(run: Callable[[], object], on_gpu: bool) -> None:
+    run()
+    if on_gpu:
+        torch.cuda.synchronize()
+
+
+def _compiled(built) -> Callable:
     """Our step with compiled blocks, the weights shared with the other variants of ours."""
     ours = built.steps["ours"].__self__
 
-    def run() -> float:
-        ours.module.compile_blocks(True)
+    def step(batch, bf16: bool) -> float:
+        ours.module.compile_blocks(compiles(batch.device) or batch.device.type == "cpu")
         try:
-            return ours.step(built.batch, bf16)
+            return ours.step(batch, bf16)
         finally:
             ours.module.compile_blocks(False)
 
-    return run
+    return step
+
+
+def _peak(probe: Probe, device: str, precision: str) -> float:
+    """FLOPs a second: the best a matrix product reached between the steps; of a GPU in bf16 its data sheet's."""
+    return peak_flops("cuda:0", "bf16") if device == "cuda" and precision == "bfloat16" else probe.best
+
+
+def _memory(rows: Rows, variants: dict[str, Callable[[], object]]) -> None:
+    """MB that a step on a GPU takes at its peak above weights, moments and batch, and ours as a share of theirs."""
+    taken = {}
+    for label, run in variants.items():
+        run()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        run()
+        taken[label] = (torch.cuda.max_memory_allocated() - held) / 1e6
+        rows.add(f"{label}/memory_mb", taken[label], "of a step at its peak, above weights, moments and batch")
+    rows.add("official_autocast/memory_share", taken["ours"] / taken["official_autocast"], "ours over theirs")
 
 
 def joint(name: str, context: Context) -> Found:
@@ -184,7 +269,8 @@ def joint(name: str, context: Context) -> Found:
     for one in made.values():
         one.module.discard()
     variants = {label: lambda one=one: one.step(batch, context.bf16) for label, one in made.items()}
-    timings = measure(variants, seconds=context.seconds)
+    with memory.kept():
+        timings = measure(variants, seconds=context.seconds, clock=own_clock())
     rows = Rows(name, work.words())
     rows.timings(timings)
     cost, minima = ratio(timings["ours"], timings["ours_dino"])
@@ -216,20 +302,28 @@ def views(name: str, context: Context) -> Found:
 
 
 def training(name: str, context: Context) -> Found:
-    """Images a second of whole training from JPEG files."""
+    """Images a second of whole training from JPEG files; on a GPU with every core to load."""
     from training_peers import runs, write_jpegs
 
-    work = step_work("dino_vitti8")
-    work, count = (replace(work, batch=8, depth=2, prototypes=1024), 64) if context.quick else (work, 1024)
-    num_steps, workers = (2, 2) if context.quick else (8, torch.get_num_threads())
-    made = runs(work, write_jpegs(context.folder / "jpegs", count), num_steps, workers)
+    on_gpu = name.startswith("gpu")
+    if on_gpu and not torch.cuda.is_available():
+        return Found([], {name: NO_GPU})
+    work, count, num_steps = (step_work(name), 4096, 30) if on_gpu else (step_work("dino_vitti8"), 1024, 8)
+    workers = usable_cores() if on_gpu else torch.get_num_threads()
+    if context.quick:
+        work, count, num_steps = replace(work, batch=8, depth=2, prototypes=1024), 64, 2
+    folder = write_jpegs(context.folder / "jpegs", count)
+    made = runs(work, folder, num_steps, workers, "cuda" if on_gpu else "cpu")
 
-    def start(variant: str) -> None:
-        for other in made.values():
-            other.stop()
-        made[variant].start()
+    with settled() as settle:
 
-    timings = measure(made, seconds=context.seconds, before=start)
+        def start(variant: str) -> None:
+            for other in made.values():
+                other.stop()
+            settle(variant)
+            made[variant].start()
+
+        timings = measure(made, seconds=context.seconds, before=start)
     for one in made.values():
         one.stop()
     rows = Rows(name, f"{work.words()}, from {count} JPEG files of 500 x 375, {workers} workers, {num_steps} steps")
@@ -292,7 +386,8 @@ def features(name: str, context: Context) -> Found:
         if not apart < 0.02:
             raise ValueError(f"features of {label} differ by {apart:.3f} from timm's in fp32")
     rows = Rows(name, f"{encoder}, batch {batch}, 224 px, last block, class token")
-    rows.timings(measure(ways, seconds=context.seconds))
+    with settled(ways) as settle:
+        rows.timings(measure(ways, seconds=context.seconds, clock=own_clock(), before=settle))
     return Found(rows.rows, {})
 
 
@@ -304,7 +399,7 @@ def neighbours(name: str, context: Context) -> Found:
     ways = knn_ways(size, queries)
     answers = {label: run() for label, run in ways.items()}
     rows = Rows(name, f"{size:,} x 384 features, {queries:,} queries, 1000 classes")
-    rows.timings(measure(ways, seconds=context.seconds))
+    rows.timings(measure(ways, seconds=context.seconds, clock=own_clock()))
     for label, found in answers.items():
         if label != "ours":
             rows.add(f"{label}/agreement", float((found == answers["ours"]).mean()), "share of equal answers at k = 20")
@@ -327,7 +422,8 @@ def heads(name: str, context: Context) -> Found:
         if not torch.allclose(a, b, rtol=1e-3, atol=1e-4):
             raise ValueError(f"head {i} differs by {(a - b).abs().max():.2g} from the one trained alone")
     rows = Rows(name, f"{made.num_heads} heads, {num_steps} steps of 128 of {images:,} x 384 features, 100 classes")
-    rows.timings(measure({"ours": made.together, "one_by_one": made.one_by_one}, seconds=context.seconds))
+    variants = {"ours": made.together, "one_by_one": made.one_by_one}
+    rows.timings(measure(variants, seconds=context.seconds, clock=own_clock()))
     return Found(rows.rows, {})
 
 
@@ -349,7 +445,8 @@ def start_up(name: str, context: Context) -> Found:
         commands["stack"][-1] = stack.removesuffix(", xformers.ops")
     variants = {label: lambda words=words: run(words) for label, words in commands.items()}
     rows = Rows(name, f"whole processes; stack: {commands['stack'][-1]}")
-    rows.timings(measure(variants, seconds=context.seconds))
+    clock = children_clock if torch.get_num_threads() == 1 else time.perf_counter
+    rows.timings(measure(variants, seconds=context.seconds, probe=Probe(clock=own_clock()), clock=clock))
     return Found(rows.rows, {})
 
 
@@ -366,6 +463,8 @@ WORKS: dict[str, Callable[[str, Context], Found]] = {
     "probe": heads,
     "help": start_up,
     "growth": growth,
+    "gpu_training_vits16": training,
+    "gpu_step_vitb16": steps,
 }
 
 
@@ -410,7 +509,7 @@ def run(name: str, options: argparse.Namespace) -> list[dict]:
     """The rows of a work: measured now, or those of the finished cell."""
     cell = options.output_dir / "cells" / f"{name}.json"
     settings = {key: getattr(options, key) for key in ("quick", "compiled", "minutes")}
-    settings |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    settings |= {"machine": machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     if cell.exists() and (kept := json.loads(cell.read_text()))["settings"] == settings:
         return kept["rows"]
     print(f"== {name}", flush=True)
@@ -422,8 +521,9 @@ def run(name: str, options: argparse.Namespace) -> list[dict]:
     found = WORKS[name](name, context)
     for what, why in found.skipped.items():
         print(f"   skipped: {what}: {why}", flush=True)
-    cell.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(cell, json.dumps({"settings": settings, "rows": found.rows}, indent=1) + "\n")
+    if found.rows:
+        cell.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(cell, json.dumps({"settings": settings, "rows": found.rows}, indent=1) + "\n")
     return found.rows
 
 
@@ -435,9 +535,10 @@ def markdown(rows: list[dict]) -> str:
     lines = ["| work | beside | ratio | at least | aim | |", "|---|---|---|---|---|---|"]
     for name in names:
         work, peer, kind = name.rsplit("/", 2)
-        if kind in ("ratio", *LOWER_IS_BETTER):
+        if kind in ("ratio", *LOWER_IS_BETTER) or name in GOALS:
             least, aim = GOALS.get(name, ("", ""))
-            label = peer if kind == "ratio" else f"{peer} ({kind}, lower is better)"
+            lower = ", lower is better" if kind in LOWER_IS_BETTER else ""
+            label = peer if kind == "ratio" else f"{peer} ({kind}{lower})"
             lines.append(
                 f"| {work} | {label} | {values[name]:.2f} | {least} | {aim} | {_verdict(name, values[name])} |"
             )

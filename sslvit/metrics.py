@@ -12,7 +12,6 @@ import importlib.util
 import json
 import math
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from sslvit.distributed import all_reduce_sum_, is_main, world_size
 from sslvit.errors import Resumable
+from sslvit.run_folder import peak_memory_bytes
 from sslvit.utilisation import peak_flops
 
 __all__ = ["TIMING_FIELDS", "MetricsLog"]
@@ -320,5 +320,4 @@ def _plain(row: Mapping[str, Any]) -> str:
 def _peak_memory_mib(device: torch.device) -> float:
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)
+    return round(peak_memory_bytes() / 2**20, 1)

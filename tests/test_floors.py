@@ -31,7 +31,7 @@ FLOORS = {
     "cli": 9,
 }
 TOOLS = ["distributed", "schedules", "optim", "checkpoint", "metrics", "signals", "run_folder", "training", "commands"]
-TOOLS += ["utilisation"]
+TOOLS += ["utilisation", "memory"]
 TORCH_FREE = ["sslvit", "sslvit.errors", "sslvit.config", "sslvit.run_folder", "sslvit.commands", "sslvit.cli"]
 TORCH_FREE += ["sslvit.verbs.submit", "sslvit.verbs.job", "sslvit.verbs.plan", "sslvit.objectives.cost"]
 TORCH_FREE += [f"sslvit.{room}.config" for room in ("data", "encoder", "objectives", "probes", "vlm")]

@@ -521,3 +521,13 @@ def test_default_output_dir(names, folder):
 def test_default_output_dir_is_short_and_told_apart():
     long = default_output_dir("pretrain", "x" * 300 + "a"), default_output_dir("pretrain", "x" * 300 + "b")
     assert long[0] != long[1] and all(len(path.name) < 80 for path in long)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell")
+def test_the_peak_of_memory_is_the_processs_own_not_its_parents():
+    held = bytearray(200 * 2**20)
+    held[::4096] = bytes(len(held[::4096]))  # touched, so that it counts
+    code = "from sslvit.run_folder import peak_memory_bytes; a = bytearray(b'x') * 2**25; print(peak_memory_bytes())"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 2**25 < int(told.stdout) < 2**25 + 100 * 2**20
+    assert run_folder.peak_memory_bytes() > len(held)

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -164,12 +165,35 @@ def test_a_work_whose_parity_fails_gives_no_row(bench, monkeypatch, tmp_path, ca
     assert not (tmp_path / "cells" / "knn.json").exists()
 
 
+def test_works_for_a_gpu_say_that_there_is_none_and_are_tried_again(bench, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    works = ["gpu_training_vits16", "gpu_step_vitb16"]
+    assert bench("vs_peers").main(["--works", *works, "--output-dir", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert all(f"skipped: {name}: no CUDA device" in told for name in works)
+    assert not list(tmp_path.rglob("*.json")), "a skipped work is no finished cell"
+
+
+def test_one_thread_is_timed_by_the_processors_clock(bench):
+    rounds, threads = bench("rounds"), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        clock = rounds.own_clock()
+        found = rounds.measure({"asleep": lambda: time.sleep(0.05)}, seconds=0, probe=rounds.Probe(64), clock=clock)
+        assert found["asleep"].median < 0.02, "waiting is no work"
+        torch.set_num_threads(2)
+        assert rounds.own_clock() is time.perf_counter
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.slow
 def test_every_work_runs_quickly(bench, tmp_path):
     script = bench("vs_peers")
     words = ["--quick", "--minutes", "0.01", "--output-dir", str(tmp_path), "--json", str(tmp_path / "rows.json")]
     assert script.main(words) == 0
     names = {row["name"] for row in json.loads((tmp_path / "rows.json").read_text())}
-    needed = {f"vs_peers/{name}" for name in script.GOALS if "lightly" not in name and "autocast" not in name}
+    left_out = ("lightly", "autocast", "gpu")
+    needed = {f"vs_peers/{name}" for name in script.GOALS if not any(word in name for word in left_out)}
     assert needed <= names
     assert (tmp_path / "rows_growth.png").exists()

@@ -4,11 +4,13 @@ A stream `(T, D)` holds the tokens of one or several groups of sequences, one af
 `[(B, N), ...]`, sequences and tokens of each group. Tokens attend within their own sequence only.
 
 Scaled dot-product attention (arXiv:1706.03762, section 3.2.1) is torch's fused kernel, with one exception: in bfloat16
-on a CPU its backward pass is slow, and softmax(q k^T) v written out is faster while the scores fit in the cache.
+on a CPU its backward pass is slow, and without AMX its forward pass too; softmax(q k^T) v written out is faster while
+there are not too many scores.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Sequence
 from typing import Literal
@@ -24,13 +26,26 @@ Backend = Literal["auto", "grouped", "varlen", "xformers"]
 Shapes = Sequence[tuple[int, int]]
 
 EXPLICIT_MAX_TOKENS = 800  # above it the N x N scores cost more memory than the fused backward costs time
+EXPLICIT_MAX_SCORES = 2**27  # of all images and heads together, where no backward pass needs them: 256 MB
 
 
 def prefers_explicit(query: Tensor, key: Tensor) -> bool:
-    """Whether softmax(q k^T) v written out beats the fused kernel: CPU, bfloat16, with gradients, short sequences."""
-    needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
+    """Whether softmax(q k^T) v written out beats the fused kernel: CPU, bfloat16, short sequences.
+
+    Without gradients only where the fused forward pass cannot use AMX.
+    """
     short = key.shape[-2] <= EXPLICIT_MAX_TOKENS
-    return query.device.type == "cpu" and query.dtype is torch.bfloat16 and needs_grad and short
+    if query.device.type != "cpu" or query.dtype is not torch.bfloat16 or not short:
+        return False
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
+        return True
+    return not _has_amx() and query.shape[:-1].numel() * key.shape[-2] <= EXPLICIT_MAX_SCORES
+
+
+@functools.cache
+def _has_amx() -> bool:
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return supported is not None and bool(supported())
 
 
 def explicit_attention(query: Tensor, key: Tensor, value: Tensor, dropout_prob: float = 0.0) -> Tensor:
@@ -69,7 +84,7 @@ def class_attention(module: Attention, x: Tensor, shapes: Shapes) -> Tensor:
     keys_values = _linear_rows(module.qkv, x, 1, 3)
     mixed, start = [], 0
     for part, (batch, length) in zip(keys_values.split([b * n for b, n in shapes]), shapes, strict=True):
-        key, value = _split_heads(part, batch, length, 2, module.num_heads)
+        key, value = _split_heads(part, batch, length, 2, module.num_heads).unbind(0)
         query = queries[start : start + batch].unsqueeze(2)
         mixed.append(attend(query, module.k_norm(key), value, _dropout(module)).flatten(1))
         start += batch
@@ -78,7 +93,7 @@ def class_attention(module: Attention, x: Tensor, shapes: Shapes) -> Tensor:
 
 def attention_weights(module: Attention, x: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) of timm's `Attention` on `x (B, N, D)`: `(B, heads, N, N)`, in fp32, for looking at."""
-    query, key, _ = _split_heads(module.qkv(x), x.shape[0], x.shape[1], 3, module.num_heads)
+    query, key, _ = _split_heads(module.qkv(x), x.shape[0], x.shape[1], 3, module.num_heads).unbind(0)
     scores = module.q_norm(query).float() @ module.k_norm(key).float().transpose(-2, -1)
     return (scores * query.shape[-1] ** -0.5).softmax(dim=-1)
 
@@ -108,14 +123,17 @@ def check_backend(backend: str, device: torch.device) -> None:
 
 def _group(module: Attention, qkv: Tensor, shape: tuple[int, int]) -> Tensor:
     batch, length = shape
-    query, key, value = _split_heads(qkv, batch, length, 3, module.num_heads)
+    heads = _split_heads(qkv, batch, length, 3, module.num_heads)
+    if prefers_explicit(heads[0], heads[1]):
+        heads = heads.contiguous()  # at once, where each product would copy what it reads
+    query, key, value = heads.unbind(0)
     mixed = attend(module.q_norm(query), module.k_norm(key), value, _dropout(module))
     return mixed.transpose(1, 2).reshape(batch * length, -1)
 
 
-def _split_heads(x: Tensor, batch: int, length: int, parts: int, num_heads: int) -> tuple[Tensor, ...]:
-    """`(B * N, parts * D)` to `parts` tensors `(B, heads, N, d)`."""
-    return x.reshape(batch, length, parts, num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+def _split_heads(x: Tensor, batch: int, length: int, parts: int, num_heads: int) -> Tensor:
+    """`(B * N, parts * D)` to `(parts, B, heads, N, d)`."""
+    return x.reshape(batch, length, parts, num_heads, -1).permute(2, 0, 3, 1, 4)
 
 
 def _heads(x: Tensor, num_heads: int) -> Tensor:

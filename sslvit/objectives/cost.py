@@ -286,9 +286,8 @@ def _objective_bytes(config: PretrainConfig, size: Size, unit: int) -> float:
     if config.dino is not None:
         dino, teacher = config.dino, _teacher_tokens(config)
         tokens, prototypes = _student_tokens(config), _required(dino.num_prototypes)
-        own = min(teacher, _student_views(dino, _required(config.crops.num_global))) if teacher > 1 else 0
-        pairs = teacher * tokens - own
-        total += tokens * _head_bytes(dino, size.dim, unit) + 4 * prototypes * (pairs + teacher)
+        total += tokens * _head_bytes(dino, size.dim, unit)
+        total += prototypes * ((4 + unit) * tokens + 4 * (teacher + 1))  # products, scaled logits; targets, their sum
     if config.ibot is not None:
         tokens_masked = _masked_tokens(config, config.ibot, size)
         prototypes = _required(config.ibot.num_prototypes)

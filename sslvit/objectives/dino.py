@@ -8,8 +8,9 @@ read one student pass. Sinkhorn-Knopp centering as in SwAV (arXiv:2006.09882) an
 from __future__ import annotations
 
 import copy
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -42,9 +43,16 @@ class DinoHead(nn.Module):
         nn.init.trunc_normal_(self.prototypes, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Cosine similarity of each token to each prototype."""
+        """Cosine similarity of each token to each prototype.
+
+        The products of few tokens are divided by the lengths of the prototypes: a unit-length copy of many prototypes,
+        and the way back through it, would cost more than the rest of the head.
+        """
         features = F.normalize(self.mlp(tokens), dim=-1, eps=1e-6)
-        return F.linear(features, F.normalize(self.prototypes, dim=-1))
+        if features.shape[:-1].numel() > 2 * features.shape[-1]:
+            return F.linear(features, F.normalize(self.prototypes, dim=-1))
+        lengths = torch.linalg.vector_norm(self.prototypes, dim=-1).clamp_min(1e-12)
+        return F.linear(features, self.prototypes) / lengths
 
 
 def make_heads(config: DinoConfig | IbotConfig, embed_dim: int) -> tuple[DinoHead, DinoHead]:
@@ -80,10 +88,20 @@ def _global_max(values: Tensor) -> Tensor:
     return distributed.all_reduce_max_(largest)
 
 
-def cross_entropy(targets: Tensor, logits: Tensor, temperature: float) -> Tensor:
-    """Mean over samples of -sum_k targets log softmax(logits / temperature): (..., K) each -> scalar, in fp32."""
-    scaled = logits.float() / temperature
-    return (scaled.logsumexp(-1) - (targets * scaled).sum(-1)).mean()
+def cross_entropy(
+    targets: Sequence[Tensor], logits: Sequence[Tensor], faces: Sequence[tuple[int, ...]], temperature: float
+) -> Tensor:
+    """Mean over pairs of views, and over samples, of -sum_k target log softmax(logits / temperature), in fp32.
+
+    targets: G x (B, K), logits: S x (B, K); faces: for each student's view the targets it is compared with. A view is
+    read once, however many it faces: -sum_k t log softmax(s) = logsumexp(s) - <t, s>, and targets are summed.
+    """
+    sums = {face: functools.reduce(torch.add, (targets[i] for i in face)) for face in set(faces)}
+    total = torch.zeros((), device=targets[0].device)
+    for view, face in zip(logits, faces, strict=True):
+        scaled = view.float() / temperature
+        total = total + len(face) * scaled.logsumexp(-1).mean() - (sums[face] * scaled).sum(-1).mean()
+    return total / sum(len(face) for face in faces)
 
 
 @torch.no_grad()
@@ -226,17 +244,16 @@ class Dino(nn.Module):
         """Mean cross-entropy over all (teacher view, other student view) pairs (DINO, equation 3)."""
         with torch.no_grad():
             logits = self.teacher_logits(list(tokens), tokens)
-            targets = self.centering.targets(logits, self.temperature(step)).chunk(len(self.teacher_views))
+            targets = self.centering.targets(logits, self.temperature(step))
         student = [p for p in tokens if p.network == "student"]
-        logits = self.student_head(torch.cat([tokens[p].cls for p in student])).chunk(len(student))
-        losses = [
-            cross_entropy(target, logit, self.config.student_temperature)
-            for view, target in zip(self.teacher_views, targets, strict=True)
-            for p, logit in zip(student, logits, strict=True)
-            if not (p.crop == "global" and p.index == view)
+        logits = self.student_head(torch.cat([tokens[p].cls for p in student]))
+        faces = [
+            tuple(i for i, view in enumerate(self.teacher_views) if p.crop != "global" or p.index != view)
+            for p in student
         ]
-        loss = torch.stack(losses).mean()
-        return loss, target_health("dino", torch.cat(targets), loss)
+        facing = targets.chunk(len(self.teacher_views))
+        loss = cross_entropy(facing, logits.chunk(len(student)), faces, self.config.student_temperature)
+        return loss, target_health("dino", targets, loss)
 
     def before_update(self, step: int) -> None:
         """The prototypes stand still at the start (DINO, section 3.2: freeze_last_layer)."""

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sslvit import memory
 from sslvit.data.decode import BadImage
 from sslvit.data.loader import clean_batches
 from sslvit.data.photometry import normalize
@@ -129,7 +130,8 @@ class Examples:
         entry = self._cache_entry()
         raw = None if entry is None else _read_entry(entry)
         if raw is None:
-            raw = self._extract()
+            with memory.kept(self.device):
+                raw = self._extract()
             _check_finite(raw, self.source)
             if entry is not None:
                 _write_entry(entry, raw)

@@ -125,7 +125,7 @@ class Heads:
         )
         error = error.view(size, -1)
         rates = self.rates * scale
-        self.weight_speed.mul_(MOMENTUM).addmm_(x.T, error, alpha=1 / size)
+        self.weight_speed.addmm_(x.T, error, beta=MOMENTUM, alpha=1 / size)
         self.bias_speed.mul_(MOMENTUM).add_(error.sum(dim=0), alpha=1 / size)
         self.weight.addcmul_(self.weight_speed, rates, value=-1)
         self.bias.addcmul_(self.bias_speed, rates, value=-1)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from sslvit import distributed
+from sslvit import distributed, memory
 from sslvit.config import PretrainConfig, as_dict, check_config, load_config
 from sslvit.data.decode import BadFiles, BadImage, decode
 from sslvit.data.loader import Loader, measure_range, measure_statistics
@@ -86,7 +86,7 @@ def _run(config: PretrainConfig, folder: RunFolder, device: torch.device) -> Non
     began = time.monotonic()
     monitor = _monitor(resolved, source, preprocessing)
     metrics = _metrics(resolved, folder, loader, module)
-    with StopFlag() as stop:
+    with StopFlag() as stop, memory.kept(device):
         train(
             module,
             loader,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sslvit import memory
 from sslvit.data.photometry import normalize
 from sslvit.errors import InputError
 from sslvit.metrics import MetricsLog
@@ -102,24 +103,25 @@ def run_stage(
     stage = Stage(model, learns, images.preprocessing.mean, images.preprocessing.std)
     batches = make_batches(name, config, model, images, chat, runtime)
     check_first_batch(name, batches)
-    train(
-        stage,
-        batches,
-        optimizer=adamw(_groups(model, config), lr=_highest_rate(config), betas=(0.9, 0.99)),
-        schedule=StageSchedule(config),
-        steps=config.steps,
-        clip_norm=config.clip_norm,
-        precision=runtime.precision,
-        device=runtime.device,
-        folder=folder,
-        checkpoint_every=runtime.checkpoint_every or max(1, config.steps // 5),
-        keep=runtime.keep,
-        milestone_every=runtime.milestone_every,
-        metrics=runtime.metrics,
-        stop=runtime.stop,
-        seed=runtime.seed,
-        stage=name,
-    )
+    with memory.kept(runtime.device):
+        train(
+            stage,
+            batches,
+            optimizer=adamw(_groups(model, config), lr=_highest_rate(config), betas=(0.9, 0.99)),
+            schedule=StageSchedule(config),
+            steps=config.steps,
+            clip_norm=config.clip_norm,
+            precision=runtime.precision,
+            device=runtime.device,
+            folder=folder,
+            checkpoint_every=runtime.checkpoint_every or max(1, config.steps // 5),
+            keep=runtime.keep,
+            milestone_every=runtime.milestone_every,
+            metrics=runtime.metrics,
+            stop=runtime.stop,
+            seed=runtime.seed,
+            stage=name,
+        )
     model.eval()
 
 

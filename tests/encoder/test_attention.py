@@ -47,18 +47,33 @@ def test_explicit_in_bfloat16_stays_near_the_exact_gradients() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "length", "grad", "explicit"),
+    ("dtype", "length", "grad", "amx", "explicit"),
     [
-        (torch.bfloat16, 197, True, True),
-        (torch.bfloat16, 801, True, False),
-        (torch.bfloat16, 197, False, False),
-        (torch.float32, 197, True, False),
+        (torch.bfloat16, 197, True, True, True),
+        (torch.bfloat16, 801, True, False, False),
+        (torch.bfloat16, 197, False, True, False),
+        (torch.bfloat16, 197, False, False, True),
+        (torch.bfloat16, 801, False, False, False),
+        (torch.float32, 197, True, False, False),
+        (torch.float32, 197, False, False, False),
     ],
 )
-def test_which_kernel_runs_where(dtype: torch.dtype, length: int, grad: bool, explicit: bool) -> None:
+def test_which_kernel_runs_where(
+    dtype: torch.dtype, length: int, grad: bool, amx: bool, explicit: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_has_amx", lambda: amx)
     query, key, _ = heads(1, 1, length, 4, dtype=dtype)
     with torch.set_grad_enabled(grad):
         assert attention.prefers_explicit(query, key) is explicit
+
+
+def test_many_scores_at_once_are_left_to_the_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_has_amx", lambda: False)
+    monkeypatch.setattr(attention, "EXPLICIT_MAX_SCORES", 2 * 3 * 9 * 9)
+    with torch.no_grad():
+        for batch, explicit in ((2, True), (3, False)):
+            query, key, _ = heads(batch, 3, 9, 4, dtype=torch.bfloat16)
+            assert attention.prefers_explicit(query, key) is explicit
 
 
 @pytest.mark.parametrize("options", [{}, {"qk_norm": True}, {"scale_norm": True}], ids=str)

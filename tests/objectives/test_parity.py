@@ -63,7 +63,8 @@ def test_loss_of_a_pair():
         probabilities = softmax([value / 0.1 for value in logits])
         total -= sum(t * math.log(p) for t, p in zip(target, probabilities, strict=True)) / len(STUDENT)
     assert total == pytest.approx(0.120736, abs=1e-6)
-    ours = cross_entropy(torch.tensor(targets_as_loops(TEACHER, CENTER, 0.07)), torch.tensor(STUDENT), 0.1)
+    targets = torch.tensor(targets_as_loops(TEACHER, CENTER, 0.07))
+    ours = cross_entropy([targets], [torch.tensor(STUDENT)], [(0,)], 0.1)
     assert ours.item() == pytest.approx(total, abs=1e-5)
 
 
