@@ -16,6 +16,7 @@ BENCHMARKS = {
     "linear_probe": ("linear probes of random encoders on the built-in scenes", "5 minutes", ["--quick"]),
     "knn_million": ("k-NN among a million features beside plain torch", "20 minutes", []),
     "cifar_fashion": ("small encoders on CIFAR-10 and Fashion-MNIST beside random init and pixels", "30 minutes", []),
+    "budgets": ("DINO, MAE and both joint forms at equal images and equal minutes; the ablation", "6 hours", []),
     "formats": ("every encoder form in every export format, at two versions of each library", "5 minutes", []),
     "knn": ("k-NN of random encoders on the built-in scenes", "2 minutes", ["--quick"]),
     "no_collapse": ("36 runs with auto, and 12 broken on purpose that must raise the alarm", "10 hours", []),

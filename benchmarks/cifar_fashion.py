@@ -100,9 +100,16 @@ def plan(options: argparse.Namespace, root: str) -> list[Cell]:
 
 def measure(cell: Cell, options: argparse.Namespace) -> float:
     """Train the arm and judge it, unless that is done; the CPU seconds its training took, of all threads."""
+    print(f"== {cell.label} on {cell.data}, seed {cell.seed}", flush=True)
+    seconds = train(cell, options.steps, OURS[cell.label])
+    sslvit.evaluate(output_dir=cell.folder, **cell.keys)
+    return seconds
+
+
+def train(cell: Cell, steps: int, keys: dict) -> float:
+    """`sslvit pretrain` with `keys` into the folder that the cell judges, unless done; its CPU seconds."""
     run = Path(cell.keys["encoder"])
     cost = run / "cpu_seconds.json"
-    print(f"== {cell.label} on {cell.data}, seed {cell.seed}", flush=True)
     if not cost.exists():
         began = time.process_time()
         sslvit.pretrain(
@@ -110,17 +117,16 @@ def measure(cell: Cell, options: argparse.Namespace) -> float:
             data=cell.keys["train_dataset"],
             output_dir=run,
             overwrite=True,  # half a run cannot be timed
-            steps=options.steps,
+            steps=steps,
             batch_size=BATCH_SIZE,
             seed=cell.seed,
             device="cpu",
             encoder=ENCODER,
-            checkpoint={"every": options.steps},
+            checkpoint={"every": steps},
             knn={"every": 0},
-            **OURS[cell.label],
+            **keys,
         )
         write_atomically(cost, json.dumps(time.process_time() - began) + "\n")
-    sslvit.evaluate(output_dir=cell.folder, **cell.keys)
     return json.loads(cost.read_text())
 
 
