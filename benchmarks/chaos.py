@@ -204,8 +204,8 @@ def machine() -> str:
     gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     versions = f"Python {platform.python_version()}, torch {metadata.version('torch')}"
     slurm = shutil.which("scontrol")
-    if slurm:
-        versions += f", {subprocess.run([slurm, '-V'], capture_output=True, text=True, check=False).stdout.strip()}"
+    if slurm and (told := subprocess.run([slurm, "-V"], capture_output=True, text=True, check=False).stdout.strip()):
+        versions += f", {told}"
     return f"{cores} of {os.cpu_count()} cores of {processor}, {gib:.0f} GiB, {platform.system()}; {versions}"
 
 
