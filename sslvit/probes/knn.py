@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import faiss
 import numpy as np
+import torch
 
 from sslvit.errors import InputError
 
@@ -22,8 +23,8 @@ PROTOCOL = "k-NN (DINO): cosine, votes exp(sim/.07)"
 NUM_NEIGHBOURS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
 
-TRAIN_BLOCK = 32_768  # rows normalised and searched at a time
-QUERY_BLOCK = 16_384
+# Rows normalised and searched at a time: some 80 MB in all.
+TRAIN_BLOCK, QUERY_BLOCK = 25_600, 2048
 EXACT_TRAIN_BLOCK, EXACT_QUERY_BLOCK = 16_384, 256
 SPARE = 8  # neighbours fetched beyond k, so that a tie at the border is seen
 NEAR = 2e-6  # float32 similarities nearer than this may be out of order
@@ -65,11 +66,15 @@ def knn(
     """
     check_features(train, queries)
     classes, ids = np.unique(train_labels, return_inverse=True)
-    similarities, neighbours = nearest(train, queries, max(ks), borders=ks)
-    return {
-        k: _vote(similarities[:, :k], neighbours[:, :k], train, ids, classes, queries, min(5, k), temperature)
-        for k in ks
-    }
+    ranking = {k: np.empty((len(queries), min(5, k, len(classes))), dtype=classes.dtype) for k in ks}
+    for start in range(0, len(queries), QUERY_BLOCK):
+        asked = queries[start : start + QUERY_BLOCK]
+        similarities, neighbours = nearest(train, asked, max(ks), borders=ks)
+        for k, ranked in ranking.items():
+            ranked[start : start + QUERY_BLOCK] = _vote(
+                similarities[:, :k], neighbours[:, :k], train, ids, classes, asked, ranked.shape[1], temperature
+            )
+    return ranking
 
 
 def nearest(
@@ -98,16 +103,20 @@ def nearest(
 
 def _search(train: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """float32 search of unit queries, train block by train block: (m, k) each, by similarity, then index."""
-    best = np.empty((len(queries), 0), dtype=np.float32)
-    where = np.empty((len(queries), 0), dtype=np.int64)
+    best = torch.empty((len(queries), 0))
+    where = torch.empty((len(queries), 0), dtype=torch.int64)
     for start in range(0, len(train), TRAIN_BLOCK):
         rows = normalised(train[start : start + TRAIN_BLOCK])
         found, index = faiss.knn(queries, rows, min(k, len(rows)), metric=faiss.METRIC_INNER_PRODUCT)
-        best = np.concatenate([best, found], axis=1)
-        where = np.concatenate([where, index + start], axis=1)
-        order = np.lexsort((where, -best), axis=1)[:, :k]
-        best, where = np.take_along_axis(best, order, axis=1), np.take_along_axis(where, order, axis=1)
-    return best, where
+        index += start
+        best = torch.cat([best, torch.from_numpy(found)], dim=1)
+        where = torch.cat([where, torch.from_numpy(index)], dim=1)
+        best, order = best.topk(min(k, best.shape[1]), dim=1)
+        where = where.gather(1, order)
+    similarities, indices = best.numpy(), where.numpy()
+    for q in np.flatnonzero((similarities[:, 1:] == similarities[:, :-1]).any(axis=1)):
+        indices[q] = indices[q, np.lexsort((indices[q], -similarities[q]))]
+    return similarities, indices
 
 
 def _doubtful(best: np.ndarray, borders: Sequence[int], num_train: int) -> tuple[np.ndarray, np.ndarray]:
@@ -167,17 +176,12 @@ def _vote(
     temperature: float,
 ) -> np.ndarray:
     """Labels (m, places) by the votes of (m, k) neighbours; near-ties are counted again in float64."""
-    places = min(places, len(classes))
-    ranking = np.empty((len(queries), places), dtype=classes.dtype)
-    for start in range(0, len(queries), QUERY_BLOCK):
-        rows = slice(start, start + QUERY_BLOCK)
-        near = neighbours[rows]
-        ranked, shares = _rank_classes(similarities[rows].astype(np.float64), ids[near], temperature)
-        for q in np.flatnonzero(_near_shares(ranked, shares)):
-            exact = _exact_similarity(train, queries[start + q], near[q])
-            ranked[q] = _rank_classes(exact[None], ids[near[q]][None], temperature)[0][0]
-        ranking[rows] = classes[_fill(ranked, len(classes), places)]
-    return ranking
+    near = ids[neighbours]
+    ranked, shares = _rank_classes(similarities.astype(np.float64), near, temperature)
+    for q in np.flatnonzero(_near_shares(ranked, shares)):
+        exact = _exact_similarity(train, queries[q], neighbours[q])
+        ranked[q] = _rank_classes(exact[None], near[q][None], temperature)[0][0]
+    return classes[_fill(ranked, len(classes), places)]
 
 
 def _rank_classes(similarities: np.ndarray, ids: np.ndarray, temperature: float) -> tuple[np.ndarray, np.ndarray]:
@@ -185,17 +189,16 @@ def _rank_classes(similarities: np.ndarray, ids: np.ndarray, temperature: float)
 
     There is no (m, number of classes) table: the k votes of a query are sorted by class and summed run by run.
     """
-    weights = vote_shares(similarities, temperature)
-    order = np.argsort(ids, axis=1, kind="stable")
-    ids, weights = np.take_along_axis(ids, order, axis=1), np.take_along_axis(weights, order, axis=1)
-    opens_run = np.ones(ids.shape, dtype=bool)
-    opens_run[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    shares = np.zeros(ids.shape)
-    shares[opens_run] = np.bincount(np.cumsum(opens_run.ravel()) - 1, weights.ravel())
-    shares = np.round(shares / shares.sum(axis=1, keepdims=True), 9)
-    ids = np.where(shares > 0, ids, -1)
-    order = np.argsort(-shares, axis=1, kind="stable")  # stable: equal shares stay in order of id
-    return np.take_along_axis(ids, order, axis=1), np.take_along_axis(shares, order, axis=1)
+    weights = torch.from_numpy(vote_shares(similarities, temperature))
+    voted, order = torch.from_numpy(ids).sort(dim=1, stable=True)
+    opens_run = torch.ones(voted.shape, dtype=torch.bool)
+    opens_run[:, 1:] = voted[:, 1:] != voted[:, :-1]
+    shares = torch.zeros_like(weights)
+    shares[opens_run] = torch.bincount(opens_run.flatten().cumsum(0) - 1, weights.gather(1, order).flatten())
+    shares = (shares / shares.sum(dim=1, keepdim=True)).round(decimals=9)
+    voted = voted.where(shares > 0, -1)
+    shares, order = shares.sort(dim=1, descending=True, stable=True)  # stable: equal shares stay in order of id
+    return voted.gather(1, order).numpy(), shares.numpy()
 
 
 def _near_shares(ids: np.ndarray, shares: np.ndarray) -> np.ndarray:
