@@ -15,11 +15,14 @@ from sslvit.objectives.config import MaeConfig
 from sslvit.objectives.passes import Draw, Pass, concatenate, num_visible
 
 
-def normalized_patches(images: Tensor, patch_size: int) -> Tensor:
-    """Pixels per patch with zero mean and unit variance (MAE, section 3, unbiased, eps 1e-6): (B, N, p*p*C) fp32."""
-    patches = patchify(images.float(), patch_size)
-    mean = patches.mean(-1, keepdim=True)
-    return (patches - mean) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+def normalized(patches: Tensor) -> Tensor:
+    """Pixels (..., p*p*C) of a patch with zero mean and unit variance (MAE, section 3, unbiased, eps 1e-6).
+
+    The variance is the squared length of what is left without the mean: on a CPU `var` takes four times as long.
+    """
+    centred = patches - patches.mean(-1, keepdim=True)
+    variance = torch.linalg.vector_norm(centred, dim=-1, keepdim=True).square() / (patches.shape[-1] - 1)
+    return centred * (variance + 1e-6).rsqrt()
 
 
 class Mae(nn.Module):
@@ -84,16 +87,15 @@ class Mae(nn.Module):
         keep = torch.cat([_present(p.masking.keep) for p in passes])
         removed = torch.cat([_present(p.masking.removed) for p in passes])
         predicted = self.decode(joined, keep, removed).float()
-        targets = torch.cat([self.targets(images[p.index]) for p in passes])
-        wanted = targets.gather(1, removed[..., None].expand(-1, -1, targets.shape[-1]))
+        wanted = self.targets(torch.cat([images[p.index] for p in passes]), removed)
         return (predicted - wanted).square().mean(), {}
 
     @torch.no_grad()
-    def targets(self, images: Tensor) -> Tensor:
-        """What is to be predicted for every patch: (B, C, H, W) -> (B, N, p*p*C) fp32."""
-        if self.config.norm_pixels:
-            return normalized_patches(images, self.patch_size)
-        return patchify(images.float(), self.patch_size)
+    def targets(self, images: Tensor, removed: Tensor) -> Tensor:
+        """What is to be predicted for the `removed` (B, M) patches of images (B, C, H, W): (B, M, p*p*C) fp32."""
+        patches = patchify(images.float(), self.patch_size)
+        wanted = patches.gather(1, removed[..., None].expand(-1, -1, patches.shape[-1]))
+        return normalized(wanted) if self.config.norm_pixels else wanted
 
     def before_update(self, step: int) -> None:
         """Nothing stands still."""

@@ -8,7 +8,7 @@ import torch
 
 from sslvit.encoder.vit import Tokens, patchify, sincos_positions
 from sslvit.objectives.config import MaeConfig
-from sslvit.objectives.mae import Mae, normalized_patches
+from sslvit.objectives.mae import Mae, normalized
 from sslvit.objectives.passes import Draw
 
 
@@ -20,7 +20,7 @@ def make(**settings):
 
 def test_normalized_patches_are_the_papers():
     images = torch.rand(2, 3, 12, 16, generator=torch.Generator().manual_seed(0))
-    ours = normalized_patches(images, 4)
+    ours = normalized(patchify(images, 4))
     for image in range(2):
         for row in range(3):
             for column in range(4):

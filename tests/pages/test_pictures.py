@@ -13,7 +13,7 @@ from sslvit.encoder.config import EncoderConfig, Preprocessing
 from sslvit.encoder.vit import create_encoder, forward_tokens
 from sslvit.encoder.weights import load_encoder
 from sslvit.objectives.config import MaeConfig
-from sslvit.objectives.mae import Mae, normalized_patches
+from sslvit.objectives.mae import Mae, normalized
 from sslvit.pages import pictures as making
 from sslvit.pages.data_uri import Encoding, data_uri
 from sslvit.pages.patch_colours import patch_colours, principal_components
@@ -83,7 +83,7 @@ def test_paste_keeps_visible_patches_exactly():
 def test_statistics_invert_the_normalisation():
     images = torch.randn(2, 3, 8, 8)
     patches = images.reshape(2, 3, 2, 4, 2, 4).permute(0, 2, 4, 3, 5, 1).reshape(2, 4, 48)
-    found = with_statistics_of(normalized_patches(images, 4), patches)
+    found = with_statistics_of(normalized(patches), patches)
     torch.testing.assert_close(found, patches, atol=1e-5, rtol=1e-5)
 
 
