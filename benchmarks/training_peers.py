@@ -7,6 +7,7 @@ running, so that the pace is that of a run and not of a start.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -47,7 +48,9 @@ class V2Views(Dataset):
         return len(self.files)
 
     def __getitem__(self, index: int) -> list[Tensor]:
-        image = read_image(self.files[index], ImageReadMode.RGB)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # torchvision's, of its own reader
+            image = read_image(self.files[index], ImageReadMode.RGB)
         return [view(image) for view in self.views]
 
 
