@@ -65,8 +65,12 @@ def reference(verb: str) -> tuple[str, float, int]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+#: A run that judges itself by k-NN and marks its best step.
+WATCHED = ("knn.every=3", "knn.num_images=24", "val_data=scenes:?n=8&size=32&split=val", "knn.max_drop=1.0")
+
+
 def words(verb: str, out: Path) -> list[str]:
-    return align_words(out) if verb == "align" else pretrain_words(out)
+    return align_words(out) if verb == "align" else pretrain_words(out, 12, 3, *(WATCHED if verb == "watched" else ()))
 
 
 class InSaves:
@@ -103,8 +107,9 @@ def count_operations(out: Path, note: Path) -> None:
 
 
 def kill(case: int, folder: Path) -> None:
-    """Odd cases die inside a save, even ones at a random instant; every fifth is align."""
-    verb, rng, out = "align" if case % 5 == 4 else "pretrain", random.Random(case), folder / "run"
+    """Odd cases die inside a save, even ones at a random instant; every fifth is align, one in five watches k-NN."""
+    verb = {4: "align", 1: "watched"}.get(case % 5, "pretrain")
+    rng, out = random.Random(case), folder / "run"
     wanted, seconds, operations = reference(verb)
     if case % 2:
         pid = fork(command(words(verb, out), InSaves(rng.randrange(operations)).install), folder / "log")

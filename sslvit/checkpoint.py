@@ -224,8 +224,10 @@ def drop_checkpoints_after(root: Path, step: int) -> None:
             _retire(checkpoint_path(root, later))
 
 
-def mark_best(root: Path, step: int) -> None:
-    """Points `best.json` at `step`; atomic."""
+def mark_best(root: Path, step: int | None) -> None:
+    """Points `best.json` at `step`, atomically; None removes it."""
+    if step is None:
+        return _remove(Path(root) / "best.json")
     temporary = Path(root) / "best.json.tmp"
     _remove(temporary)
     _write_file(temporary, [_json_bytes({"step": step})])
@@ -235,8 +237,10 @@ def mark_best(root: Path, step: int) -> None:
 
 def best_step(root: Path) -> int | None:
     """The step `best.json` points at, if any."""
-    path = Path(root) / "best.json"
-    return int(json.loads(path.read_text())["step"]) if path.is_file() else None
+    try:
+        return int(json.loads((Path(root) / "best.json").read_text())["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -24,12 +24,14 @@ from torch.nn.parallel import DistributedDataParallel
 from sslvit import distributed
 from sslvit.checkpoint import (
     Saving,
+    best_step,
     checkpoint_path,
     clean_checkpoints,
     drop_checkpoints_after,
     latest_checkpoint,
     load_checkpoint,
     load_optimizer_tensors,
+    mark_best,
     optimizer_tensors,
     save_checkpoint,
     verify_checkpoint,
@@ -243,7 +245,10 @@ class _Saver:
         load_optimizer_tensors(self.optimizer, tensors["optimizer"])
         self.metrics.load_state(tensors["metrics"])
         self.saved_step = meta["step"]
-        return Progress(**meta["progress"])
+        progress = Progress(**meta["progress"])
+        if distributed.is_main() and best_step(self.root) != progress.best_step:
+            mark_best(self.root, progress.best_step)  # a kill fell between a checkpoint's rename and this
+        return progress
 
     def save(self, progress: Progress) -> None:
         if self.saved_step == progress.step:

@@ -509,6 +509,21 @@ def test_the_periodic_evaluation_and_the_best_checkpoint(tmp_path: Path) -> None
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), plain.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("left", [5, None])
+def test_a_kill_just_before_the_last_mark_leaves_no_older_best_step(
+    tmp_path: Path, left: int | None
+) -> None:
+    options = {"periodic": lambda step: {"knn": float(step)}, "periodic_every": 5, "best": "knn"}
+    run(tmp_path, **options)
+    root = tmp_path / "checkpoints"
+    assert checkpoint.best_step(root) == STEPS
+    (root / "best.json").unlink()
+    if left is not None:
+        checkpoint.mark_best(root, left)
+    run(tmp_path, **options)
+    assert checkpoint.best_step(root) == STEPS
+
+
 def test_a_gradient_taken_away_holds_its_layer(tmp_path: Path) -> None:
     module = Toy()
     start = module.student[-1].weight.detach().clone()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sslvit import distributed, optim
-from sslvit.checkpoint import latest_checkpoint, load_checkpoint
+from sslvit.checkpoint import best_step, latest_checkpoint, load_checkpoint
 from sslvit.metrics import TIMING_FIELDS, MetricsLog
 from sslvit.schedules import cosine
 from sslvit.signals import StopFlag
@@ -114,11 +114,12 @@ def run(
 
 
 def digest(folder: Path) -> str:
-    """SHA-256 over everything a run leaves that is not about time: newest checkpoint, meta, metrics lines."""
-    path = latest_checkpoint(Path(folder) / "checkpoints")
+    """SHA-256 over everything a run leaves that is not about time: newest checkpoint, meta, the best step, metrics lines."""
+    root = Path(folder) / "checkpoints"
+    path = latest_checkpoint(root)
     assert path is not None
     tensors, meta = load_checkpoint(path)
-    content = hashlib.sha256(json.dumps([path.name, meta], sort_keys=True).encode())
+    content = hashlib.sha256(json.dumps([path.name, meta, best_step(root)], sort_keys=True).encode())
     for stem in sorted(tensors):
         for name in sorted(tensors[stem]):
             content.update(f"{stem}/{name}".encode())
