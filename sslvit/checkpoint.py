@@ -111,16 +111,18 @@ def save_checkpoint(
     spare: Collection[int] = (),
     milestone_every: int = 0,
     background: bool = True,
+    owned: bool = False,
 ) -> Saving:
     """Writes `root/step_N` from `tensors` (file stem -> name -> tensor) and `meta` (JSON).
 
-    Everything is copied before this returns, so training may go on. Afterwards the newest `keep` checkpoints, the
+    Everything is copied before this returns, so training may go on; `owned` tensors are copies already, on the CPU, that
+    nobody else changes. Afterwards the newest `keep` checkpoints, the
     `best` step, those to `spare` and every multiple of `milestone_every` (0: none; step 0 is none) stay. A disk error
     becomes Resumable: one line, the older checkpoints untouched, nothing left behind.
     """
     assert keep >= 1, keep
     snapshot = {
-        stem: {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in group.items()}
+        stem: {name: tensor.detach().to("cpu", copy=not owned).contiguous() for name, tensor in group.items()}
         for stem, group in tensors.items()
     }
     text = _json_bytes({**meta, "step": step})

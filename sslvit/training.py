@@ -257,11 +257,13 @@ class _Saver:
         self.saved_step = progress.step
         averages = self.metrics.state()
         held = {"model": self.module.state_dict(), "optimizer": optimizer_tensors(self.optimizer)}
-        tensors = {stem: {k: distributed.full(v) for k, v in group.items()} for stem, group in held.items()}
+        copies = {stem: {k: distributed.copied_to_main(v) for k, v in group.items()} for stem, group in held.items()}
         if not distributed.is_main():
             return
         self.metrics.sync()
-        tensors["metrics"] = averages
+        tensors = {"metrics": averages}
+        for stem, group in copies.items():
+            tensors[stem] = {k: copy for k, copy in group.items() if copy is not None}
         meta = {**self.meta, "cursor": progress.cursor, "progress": asdict(progress)}
         self.saving = save_checkpoint(
             self.root,
@@ -272,6 +274,7 @@ class _Saver:
             best=progress.best_step,
             spare=[progress.good_step],
             milestone_every=self.milestone_every,
+            owned=True,
         )
 
     def is_milestone(self, step: int) -> bool:
