@@ -180,7 +180,7 @@ def samples(out: Path) -> dict[int, list[int]]:
 
 
 def digest(out: Path, with_samples: bool = True) -> str:
-    """SHA-256 of all a run leaves that is not about time: newest checkpoints, the best step, exports, metrics, samples."""
+    """SHA-256 of all a run leaves that is not about time: newest checkpoints, best step, exports, metrics, samples."""
     content = hashlib.sha256()
     for root in sorted(out.glob("**/checkpoints")):
         newest = sorted(path for path in root.iterdir() if re.fullmatch(r"step_\d+", path.name))[-1]

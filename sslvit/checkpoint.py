@@ -115,10 +115,10 @@ def save_checkpoint(
 ) -> Saving:
     """Writes `root/step_N` from `tensors` (file stem -> name -> tensor) and `meta` (JSON).
 
-    Everything is copied before this returns, so training may go on; `owned` tensors are copies already, on the CPU, that
-    nobody else changes. Afterwards the newest `keep` checkpoints, the
-    `best` step, those to `spare` and every multiple of `milestone_every` (0: none; step 0 is none) stay. A disk error
-    becomes Resumable: one line, the older checkpoints untouched, nothing left behind.
+    Everything is copied before this returns, so training may go on (`owned` tensors are such copies already, on the
+    CPU). Afterwards the newest `keep` checkpoints, the `best` step, those to `spare` and every multiple of
+    `milestone_every` (0: none; step 0 is none) stay. A disk error becomes Resumable: one line, the older checkpoints
+    untouched, nothing left behind.
     """
     assert keep >= 1, keep
     snapshot = {

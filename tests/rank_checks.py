@@ -23,7 +23,7 @@ from sslvit.checkpoint import checkpoint_path, checkpoint_steps
 from sslvit.data.sources import open_source
 from sslvit.encoder.config import Preprocessing
 from sslvit.encoder.weights import load_encoder
-from sslvit.errors import InputError, Resumable
+from sslvit.errors import InputError, Outage, Resumable
 from sslvit.metrics import MetricsLog
 from sslvit.objectives.accumulation import sinkhorn_columns
 from sslvit.objectives.dino import Centering, sinkhorn
@@ -134,6 +134,20 @@ def saving_gathers_one_tensor_at_a_time(folder: Path) -> None:
     moments = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, DTensor)]
     kept = [value.to_local() for value in [*moments, *module.parameters()]]
     assert all(value.untyped_storage().nbytes() <= value.nbytes + 64 for value in kept), "a share keeps the whole alive"
+
+
+def no_data_on_one_rank(folder: Path) -> None:
+    """Both stop at the step that one got no batch for, and both know why: rank 0, who writes the job's note, too."""
+    for accumulate in (1, 2):
+        stream = Stream(4 // accumulate, away=22 if distributed.rank() == 1 else None)
+        try:
+            run(folder / f"{accumulate}", stream=stream, accumulate=accumulate)
+        except Outage as outage:
+            assert "saved in" in str(outage) and "step_0000002" in str(outage), outage
+            assert ("process 1 got no data" in str(outage)) == distributed.is_main(), outage
+        else:
+            raise AssertionError("not stopped")
+        assert checkpoint_steps(folder / f"{accumulate}" / "checkpoints")[-1] == 2
 
 
 def random_draws_differ(folder: Path) -> None:
@@ -313,6 +327,7 @@ CHECKS = (
     accumulated,
     sharded,
     saving_gathers_one_tensor_at_a_time,
+    no_data_on_one_rank,
     random_draws_differ,
     stopped_and_resumed,
     bad_on_one_rank,

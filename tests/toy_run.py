@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sslvit import distributed, optim
 from sslvit.checkpoint import best_step, latest_checkpoint, load_checkpoint
+from sslvit.errors import Outage
 from sslvit.metrics import TIMING_FIELDS, MetricsLog
 from sslvit.schedules import cosine
 from sslvit.signals import StopFlag
@@ -60,10 +61,12 @@ class Toy(nn.Module):
 
 
 class Stream:
-    """Sample i is a function of i; poisoned samples are NaN. Each process takes its slice of every global batch."""
+    """Sample i is a function of i; poisoned ones are NaN, `away` cannot be read. Each process takes its slice."""
 
-    def __init__(self, size: int, poison: frozenset[int] = frozenset()) -> None:
-        self.size, self.poison = size, poison
+    def __init__(
+        self, size: int, poison: frozenset[int] = frozenset(), away: int | None = None, kind: type[Exception] = Outage
+    ) -> None:
+        self.size, self.poison, self.away, self.kind = size, poison, away, kind
         self.cursor = 0
         self.seen: list[int] = []
 
@@ -75,6 +78,8 @@ class Stream:
             first = self.cursor + distributed.rank() * self.size
             self.cursor += self.size * distributed.world_size()
             ids = range(first, first + self.size)
+            if self.away in ids:
+                raise self.kind("the network is away")
             self.seen += ids
             yield torch.stack([self.sample(i) for i in ids]), self.cursor
 
@@ -114,7 +119,7 @@ def run(
 
 
 def digest(folder: Path) -> str:
-    """SHA-256 over everything a run leaves that is not about time: newest checkpoint, meta, the best step, metrics lines."""
+    """SHA-256 over everything a run leaves that is not about time: newest checkpoint, meta, best step, metrics."""
     root = Path(folder) / "checkpoints"
     path = latest_checkpoint(root)
     assert path is not None
