@@ -1,10 +1,11 @@
-"""Tar shards behind URLs: a local HTTP server, an S3 one, and fsspec's memory; the local tar source is the oracle."""
+"""Tar shards behind URLs: an HTTP server, a real S3 one, and fsspec's memory; the local tar source is the oracle."""
 
 import http.server
 import io
 import pickle
 import tarfile
 import threading
+import time
 from collections import Counter
 
 import numpy as np
@@ -15,7 +16,7 @@ from sslvit.data import remote, tar
 from sslvit.data.config import DINO_PHOTOMETRY, CropsConfig
 from sslvit.data.loader import Loader
 from sslvit.data.sources import open_source
-from sslvit.errors import InputError, Resumable
+from sslvit.errors import InputError, Outage, Resumable
 
 CROPS = CropsConfig(num_global=2, global_scale=[0.4, 1.0], num_local=0)
 
@@ -41,11 +42,13 @@ def shard(first, count):
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Ranges of files in memory; as an S3 server it also lists a bucket."""
+    """Ranges of files in memory."""
 
     files: dict[str, bytes]
     asked: Counter
-    failing = 0  # how many of the next reads fail
+    failing = 0  # how many of the next requests fail
+    refusing = 0  # a status that is the answer to all
+    tries = 0
     ranges = True
     protocol_version = "HTTP/1.1"
 
@@ -53,14 +56,13 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.answer(body=False)
 
     def do_GET(self):
-        if "list-type=2" in self.path:
-            return self.listing()
-        if type(self).failing > 0:
-            type(self).failing -= 1
-            return self.say(503, b"")
-        return self.answer(body=True)
+        self.answer(body=True)
 
     def answer(self, body):
+        type(self).tries += 1
+        if type(self).failing > 0 or self.refusing:
+            type(self).failing -= 1
+            return self.say(self.refusing or 503, b"")
         data = self.files.get(self.path.split("?")[0])
         if data is None:
             return self.say(404, b"")
@@ -71,15 +73,6 @@ class Server(http.server.BaseHTTPRequestHandler):
             data, status = data[first : last + 1], 206
             self.asked[self.path.split("?")[0], first] += 1
         return self.say(status, data, body, **header)
-
-    def listing(self):
-        entries = "".join(
-            f"<Contents><Key>{name.split('/', 2)[2]}</Key><Size>{len(data)}</Size><ETag>&quot;e&quot;</ETag>"
-            "<LastModified>2025-01-01T00:00:00.000Z</LastModified><StorageClass>STANDARD</StorageClass></Contents>"
-            for name, data in sorted(self.files.items())
-        )
-        text = f"<ListBucketResult><Name>b</Name><IsTruncated>false</IsTruncated>{entries}</ListBucketResult>"
-        self.say(200, text.encode(), **{"Content-Type": "application/xml"})
 
     def say(self, status, data, body=True, **header):
         self.send_response(status)
@@ -102,7 +95,9 @@ def server(monkeypatch):
     running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=running.serve_forever, daemon=True)
     thread.start()
-    monkeypatch.setattr(remote, "_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(remote, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(remote, "OUTAGE_SECONDS", 0.2)
+    monkeypatch.setattr(remote, "_given_up", {})
     yield f"http://127.0.0.1:{running.server_port}", handler
     running.shutdown()
     running.server_close()
@@ -147,15 +142,6 @@ def test_shards_over_http_are_those_on_the_disk(server, local):
     check_same(open_source(f"tar:{server[0]}/b/data/train-{{00..01}}.tar"), local)
     signed = ",".join(f"{server[0]}/b/data/train-0{i}.tar?token=a&expires=9" for i in range(2))
     check_same(open_source(f"tar:{signed}"), local)
-
-
-def test_shards_in_a_bucket_are_those_on_the_disk(server, local, monkeypatch):
-    pytest.importorskip("s3fs", reason="needs sslvit[remote]")
-    for name, value in (("AWS_ACCESS_KEY_ID", "a"), ("AWS_SECRET_ACCESS_KEY", "b"), ("AWS_ENDPOINT_URL", server[0])):
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    check_same(open_source("tar:s3://b/data/train-*.tar"), local)
 
 
 def stream(source, cursor=0, count=9, **settings):
@@ -203,19 +189,85 @@ def test_the_index_is_kept_shard_by_shard(memory, monkeypatch):
     assert len(open_source(f"tar:{memory}/*.tar")) == 45 and built[2:] == [[2]]
 
 
-def test_a_network_that_fails_for_a_moment_does_no_harm_and_one_that_stays_away_stops_resumably(server):
+def test_of_all_processes_of_a_machine_one_makes_the_index_and_all_map_it(memory, monkeypatch):
+    """Threads stand for processes: the lock is the file's, not the process's."""
+    built, opened, index = [], [], tar._index
+
+    def slowly(files, shards):
+        built.append(list(shards))
+        time.sleep(0.2)
+        return index(files, shards)
+
+    monkeypatch.setattr(tar, "_index", slowly)
+    ranks = [threading.Thread(target=lambda: opened.append(open_source(f"tar:{memory}/*.tar"))) for _ in range(4)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert sorted(built) == [[0], [1]] and [len(source) for source in opened] == [40] * 4
+    assert all(isinstance(source._members, np.memmap) for source in opened)
+    assert all(
+        isinstance(source._names.data.base, np.memmap) or isinstance(source._names.data, np.memmap) for source in opened
+    )
+
+
+def test_a_network_that_fails_for_a_moment_does_no_harm_and_one_that_stays_away_is_an_outage(server, monkeypatch):
     pytest.importorskip("aiohttp", reason="needs sslvit[remote]")
     address, handler = server
     source = open_source(f"tar:{address}/b/data/train-00.tar")
     fresh = pickle.loads(pickle.dumps(source))
-    handler.failing = 2
+    handler.failing = 3
     assert fresh.read(3) == png(3)
     handler.failing = 10**6
     fresh = pickle.loads(pickle.dumps(source))
-    with pytest.raises(Resumable, match=r"cannot read http.*run the same command again"):
+    with pytest.raises(Outage, match=r"cannot read http.*run the same command again"):
         fresh.read(0)
-    with pytest.raises(Resumable):  # from a loading thread too: never a replaced "bad image"
+    tries = handler.tries
+    with pytest.raises(Outage):  # from a loading thread too: never a replaced "bad image"
         stream(pickle.loads(pickle.dumps(source)), count=1)
+    assert handler.tries <= tries + 4, "what one thread has found out need not be found out by all"
+    monkeypatch.setattr(remote, "_JUST_NOW", 0.0)
+    handler.failing = 3
+    assert fresh.read(0) == png(0)
+
+
+def test_the_pauses_grow_for_minutes(monkeypatch):
+    now, pauses = [0.0], []
+    monkeypatch.setattr(remote.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(remote.time, "sleep", lambda pause: (pauses.append(pause), now.__setitem__(0, now[0] + pause)))
+    monkeypatch.setattr(remote, "_given_up", {})
+
+    def away():
+        raise OSError("no route to host")
+
+    with pytest.raises(Outage, match="no route to host"):
+        remote._persist("s3://b/x.tar", away)
+    assert pauses[:6] == [1, 2, 4, 8, 16, 30] and max(pauses) == 30 and 240 < sum(pauses) <= 300
+
+
+def test_a_shard_is_opened_through_a_moment_without_network_and_after_a_long_one_the_run_can_go_on(server):
+    pytest.importorskip("aiohttp", reason="needs sslvit[remote]")
+    address, handler = server
+    handler.failing = 5
+    assert len(open_source(f"tar:{address}/b/data/train-00.tar")) == 20
+    handler.failing = 10**6
+    with pytest.raises(Outage, match=r"cannot read http.*503"):
+        open_source(f"tar:{address}/b/data/train-01.tar")
+    with pytest.raises(Outage, match=r"cannot read http://127.0.0.1:9/"):  # nobody listens there
+        open_source("tar:http://127.0.0.1:9/x.tar")
+
+
+def test_a_refusal_is_the_users_at_the_start_and_can_be_mended_later(server):
+    pytest.importorskip("aiohttp", reason="needs sslvit[remote]")
+    address, handler = server
+    source = open_source(f"tar:{address}/b/data/train-00.tar")
+    handler.refusing, tries = 403, handler.tries
+    with pytest.raises(InputError, match=r"cannot open http.*403"):
+        open_source(f"tar:{address}/b/data/train-01.tar")
+    with pytest.raises(Resumable, match=r"cannot read http.*any more: 403.*your credentials") as caught:
+        pickle.loads(pickle.dumps(source)).read(0)
+    assert type(caught.value) is Resumable, "to wait does not help"
+    assert handler.tries <= tries + 3  # HEAD, GET, and the read
 
 
 @pytest.mark.parametrize(
