@@ -162,7 +162,9 @@ def _persist(url: str, act: Callable[[], Answer]) -> Answer:
 
 def _status(error: BaseException | None) -> int:
     """What an error means as a status of HTTP, 500 when it may pass. (fsspec's FileNotFoundError may hide another.)"""
-    told = getattr(error, "status", None) or getattr(error, "code", None)
+    told = getattr(error, "status", None) or getattr(error, "code", None)  # of aiohttp, of gcsfs
+    if isinstance(response := getattr(error, "response", None), dict):  # of botocore
+        told = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
     if isinstance(told, int) and told >= 400:
         return 500 if told in (408, 425, 429) else told
     if isinstance(error, FileNotFoundError):

@@ -6,6 +6,7 @@ import pickle
 import tarfile
 import threading
 import time
+import urllib.request
 from collections import Counter
 
 import numpy as np
@@ -17,6 +18,9 @@ from sslvit.data.config import DINO_PHOTOMETRY, CropsConfig
 from sslvit.data.loader import Loader
 from sslvit.data.sources import open_source
 from sslvit.errors import InputError, Outage, Resumable
+from sslvit.exports import formats
+from sslvit.metrics import MetricsLog
+from sslvit.verbs.pretrain import pretrain
 
 CROPS = CropsConfig(num_global=2, global_scale=[0.4, 1.0], num_local=0)
 
@@ -300,3 +304,108 @@ def test_a_server_without_ranges_and_a_missing_package_are_named(server, monkeyp
     monkeypatch.setattr(fsspec.core, "url_to_fs", absent)
     with pytest.raises(InputError, match=r"pip install 'sslvit\[remote\]'"):
         open_source("tar:s3://b/x.tar")
+
+
+# ---- a real object store ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """Two shards in a bucket of moto's S3 server on loopback, which can go away and come back with what it holds."""
+    s3fs = pytest.importorskip("s3fs", reason="needs sslvit[dev]")
+    moto = pytest.importorskip("moto.server", reason="needs sslvit[dev]")
+
+    class Store:
+        port = 0
+
+        def start(self):
+            self.server = moto.ThreadedMotoServer("127.0.0.1", self.port, verbose=False)
+            self.server.start()
+            self.port = self.server.get_host_and_port()[1]
+
+        def stop(self):
+            self.server.stop()
+
+    store = Store()
+    store.start()
+    address = f"http://127.0.0.1:{store.port}"
+    urllib.request.urlopen(urllib.request.Request(f"{address}/moto-api/reset", method="POST")).close()  # of other tests
+    place = {"AWS_ENDPOINT_URL": address, "AWS_DEFAULT_REGION": "us-east-1"}
+    place |= {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_EC2_METADATA_DISABLED": "true"}
+    for name, value in {**place, "AWS_MAX_ATTEMPTS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()  # which knows another test's server
+    system = s3fs.S3FileSystem()
+    system.mkdir("bucket")
+    for i in range(2):
+        system.pipe_file(f"bucket/data/train-{i:02d}.tar", shard(20 * i, 20))
+    for name, value in {"_FIRST_PAUSE": 0.01, "OUTAGE_SECONDS": 0.2, "_JUST_NOW": 0.0, "BLOCK_BYTES": 4096}.items():
+        monkeypatch.setattr(remote, name, value)
+    monkeypatch.setattr(remote, "KEPT_BYTES", 4 * 4096)
+    monkeypatch.setattr(tar, "BLOCK_BYTES", 4096)
+    monkeypatch.setattr(tar, "KEPT_BYTES", 4 * 4096)
+    yield store
+    store.stop()
+    system.invalidate_cache()
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize("pattern", ["train-*.tar", "train-{00..01}.tar", ""])
+def test_shards_in_a_bucket_are_those_on_the_disk(bucket, local, pattern):
+    check_same(open_source(f"tar:s3://bucket/data/{pattern}"), local)
+
+
+def test_order_and_resume_from_a_bucket_are_exact_through_an_outage(bucket):
+    spec = "tar:s3://bucket/data/train-*.tar"
+    ids, _ = stream(open_source(spec), count=8)
+    assert sorted(i for batch in ids for i in batch) == list(range(40)) and ids != [sorted(batch) for batch in ids]
+    loader = Loader(open_source(spec), CROPS, DINO_PHOTOMETRY, 16, 1, 5, seed=3, num_workers=2, cache_bytes=0)
+    batches, seen, after = iter(loader), [], 0
+    with pytest.raises(Outage, match="cannot read s3://bucket/data/train-0"):
+        while True:
+            views, after = next(batches)
+            seen.append(views.sample_ids.tolist())
+            if len(seen) == 2:
+                bucket.stop()
+    assert 2 <= len(seen) < 8 and seen == ids[: len(seen)]
+    with pytest.raises(Outage, match="cannot read s3://bucket"):
+        open_source("tar:s3://bucket/data/train-00.tar")
+    bucket.start()
+    assert stream(open_source(spec), cursor=after, count=8 - len(seen))[0] == ids[len(seen) :]
+
+
+def test_what_a_bucket_refuses_is_the_users(bucket):
+    for spec in ("tar:s3://bucket/data/none.tar", "tar:s3://nowhere/x.tar", "tar:s3://bucket/none-*.tar"):
+        with pytest.raises(InputError, match=r"nothing at s3|no \.tar file at"):
+            open_source(spec)
+
+
+def test_a_run_from_a_bucket_saves_at_an_outage_and_goes_on_to_the_same_bytes(bucket, tmp_path, monkeypatch):
+    """The store goes away during the third step of the first epoch, long before a checkpoint is due."""
+    settings = {
+        **{"data": "tar:s3://bucket/data/train-*.tar", "steps": 8, "batch_size": 5, "num_workers": 0, "device": "cpu"},
+        **{"mae": {"decoder_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2}, "knn": {"every": 0}},
+        **{"precision": "fp32", "checkpoint": {"every": 100}, "crops": {"num_local": 0}},
+        "encoder": {"name": "vit_tiny_patch16_224", "image_size": 16, "patch_size": 8, "depth": 1, "embed_dim": 32}
+        | {"num_heads": 2},
+    }
+    monkeypatch.setattr(formats, "_verify", lambda loaded, folders: {name: [] for name in folders})
+    whole = pretrain(output_dir=tmp_path / "whole", **settings)
+    tick = MetricsLog.tick
+
+    def ticking(self, step, *rest):
+        tick(self, step, *rest)
+        if step == 2:
+            bucket.stop()
+
+    with monkeypatch.context() as breaking:
+        breaking.setattr(MetricsLog, "tick", ticking)
+        with pytest.raises(Outage, match=r"cannot read s3://bucket.*; saved in .*step_000000[2-7]$") as caught:
+            pretrain(output_dir=tmp_path / "cut", **settings)
+    reached = str(caught.value)[-7:]
+    bucket.start()
+    cut = pretrain(output_dir=tmp_path / "cut", **settings)
+    assert f"going on from step {int(reached)}" in (cut / "train.log").read_text()
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        first, second = (run / "checkpoints" / "step_0000008" / name for run in (whole, cut))
+        assert first.read_bytes() == second.read_bytes(), name
