@@ -180,13 +180,15 @@ def samples(out: Path) -> dict[int, list[int]]:
 
 
 def digest(out: Path, with_samples: bool = True) -> str:
-    """SHA-256 of all a run leaves that is not about time: newest checkpoints, exported weights, metrics, samples."""
+    """SHA-256 of all a run leaves that is not about time: newest checkpoints, best step, exports, metrics, samples."""
     content = hashlib.sha256()
     for root in sorted(out.glob("**/checkpoints")):
         newest = sorted(path for path in root.iterdir() if re.fullmatch(r"step_\d+", path.name))[-1]
         content.update(f"{root.relative_to(out)}/{newest.name}".encode())
         for file in sorted(newest.iterdir()):
             content.update(file.name.encode() + file.read_bytes())
+        best = root / "best.json"
+        content.update(best.read_bytes() if best.exists() else b"no best step")
     for file in sorted(out.glob("**/model.safetensors")):
         if "checkpoints" not in file.parts:
             content.update(str(file.relative_to(out)).encode() + file.read_bytes())

@@ -111,16 +111,18 @@ def save_checkpoint(
     spare: Collection[int] = (),
     milestone_every: int = 0,
     background: bool = True,
+    owned: bool = False,
 ) -> Saving:
     """Writes `root/step_N` from `tensors` (file stem -> name -> tensor) and `meta` (JSON).
 
-    Everything is copied before this returns, so training may go on. Afterwards the newest `keep` checkpoints, the
-    `best` step, those to `spare` and every multiple of `milestone_every` (0: none; step 0 is none) stay. A disk error
-    becomes Resumable: one line, the older checkpoints untouched, nothing left behind.
+    Everything is copied before this returns, so training may go on (`owned` tensors are such copies already, on the
+    CPU). Afterwards the newest `keep` checkpoints, the `best` step, those to `spare` and every multiple of
+    `milestone_every` (0: none; step 0 is none) stay. A disk error becomes Resumable: one line, the older checkpoints
+    untouched, nothing left behind.
     """
     assert keep >= 1, keep
     snapshot = {
-        stem: {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in group.items()}
+        stem: {name: tensor.detach().to("cpu", copy=not owned).contiguous() for name, tensor in group.items()}
         for stem, group in tensors.items()
     }
     text = _json_bytes({**meta, "step": step})
@@ -224,8 +226,10 @@ def drop_checkpoints_after(root: Path, step: int) -> None:
             _retire(checkpoint_path(root, later))
 
 
-def mark_best(root: Path, step: int) -> None:
-    """Points `best.json` at `step`; atomic."""
+def mark_best(root: Path, step: int | None) -> None:
+    """Points `best.json` at `step`, atomically; None removes it."""
+    if step is None:
+        return _remove(Path(root) / "best.json")
     temporary = Path(root) / "best.json.tmp"
     _remove(temporary)
     _write_file(temporary, [_json_bytes({"step": step})])
@@ -235,8 +239,10 @@ def mark_best(root: Path, step: int) -> None:
 
 def best_step(root: Path) -> int | None:
     """The step `best.json` points at, if any."""
-    path = Path(root) / "best.json"
-    return int(json.loads(path.read_text())["step"]) if path.is_file() else None
+    try:
+        return int(json.loads((Path(root) / "best.json").read_text())["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -39,7 +39,11 @@ def main(words: Sequence[str] | None = None) -> int:
 def carry_out(words: Sequence[str]) -> None:
     """Check a command, then call its verb; `ask` and `doctor` answer on standard output."""
     command = parse(words)
-    if command.verb in ("pretrain", "evaluate", "align") and is_writer() and not command.arguments.get("explain"):
+    if (
+        command.verb in ("pretrain", "evaluate", "align")
+        and is_writer(command.verb)
+        and not command.arguments.get("explain")
+    ):
         print(f"run folder: {command.output_dir}", flush=True)
     answer = getattr(sslvit, command.verb)(*command.positional, **command.arguments)
     if isinstance(answer, str):

@@ -52,7 +52,7 @@ MAX_CONFIG_DEPTH = 10
 
 @dataclass
 class CheckpointConfig:
-    """When to save, in steps, and how many to keep. Never changes results."""
+    """When to save, in steps, and how many to keep. Changes no result, but for where a roll-back lands (`every`)."""
 
     every: int | None = None  # auto: ten times a run
     keep: int = 2  # the newest, beside the best

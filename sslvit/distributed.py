@@ -35,6 +35,7 @@ __all__ = [
     "broadcast_object",
     "choose_device",
     "compiles",
+    "copied_to_main",
     "full",
     "init",
     "is_main",
@@ -303,6 +304,15 @@ def unsharded(tensor: Tensor) -> Tensor:
 def full(tensor: Tensor) -> Tensor:
     """The whole of a shared tensor, on every process that calls (all must); any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def copied_to_main(tensor: Tensor) -> Tensor | None:
+    """A whole copy in the main process's host memory, None elsewhere; of a shared tensor, when all processes call.
+
+    One that is shared is whole on every device until this returns: no longer than its copy takes.
+    """
+    gathered = full(tensor.detach())
+    return gathered.to("cpu", copy=True) if is_main() else None
 
 
 def shard_like(tensor: Tensor, other: Tensor) -> Tensor:

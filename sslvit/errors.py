@@ -17,5 +17,9 @@ class Resumable(Exception):
     """Stopped by a signal or a full disk; the same command goes on from the last checkpoint. Exits with 75."""
 
 
+class Outage(Resumable):
+    """What a run reads is out of reach for now (a network, a disk that hangs); a job is queued again by itself."""
+
+
 class RankLost(Resumable):
     """Another process of this run is gone or does not answer; all end, and the same command goes on."""

@@ -2,7 +2,8 @@
 
 Checkpoints are `checkpoint.py`'s and metrics `metrics.py`'s; this file keeps who writes (`.lock`), what was asked
 (`config.yaml`, `resolved.yaml`, `command.txt`, `env.json`), whether it is done (`finished.json`) and the numbers
-(`results.json`). Under torchrun or Slurm only rank 0 writes; the other ranks hold the same object and write nothing.
+(`results.json`). Of the processes that act as one under torchrun or Slurm only rank 0 writes; the other ranks hold the
+same object and write nothing.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ except ImportError:  # Windows
 
 Row = dict[str, Any]
 
-#: Keys that cannot change results: they may differ when a run goes on.
+#: Keys that may differ when a run goes on: they cannot change results, but for `checkpoint.every` where a run is rolled
+#: back, for it goes back to the last checkpoint that was due.
 FREE_KEYS = ("num_workers", "max_bad_rate", "checkpoint.*", "device", "sharded", "compile", "overwrite")
 
 #: What shows that a run has learned or measured something: from then on its settings stand.
@@ -60,6 +62,9 @@ OWN = (
 
 #: Verbs that may write into another verb's folder; they keep their own record in a subfolder of their name.
 GUESTS = ("evaluate",)
+
+#: Verbs whose processes under torchrun or srun act as one; of every other verb each process stands for itself.
+TOGETHER = ("pretrain", "align")
 
 #: The verb whose folder holds whole stories: every other verb is a guest in it.
 HOST = "demo"
@@ -102,7 +107,7 @@ class RunFolder:
         `overwrite` first deletes what sslvit wrote there. A run that has learned nothing yet may be changed freely.
         """
         path = Path(path).expanduser()
-        if not is_writer():  # rank 0 judges the folder, and may be deleting in it at this moment
+        if not is_writer(verb):  # rank 0 judges the folder, and may be deleting in it at this moment
             return cls(path, _record_folder(path, verb, overwrite), config, writer=False, overwrite=overwrite)
         _refuse_strangers(path)
         record = _record_folder(path, verb, overwrite)
@@ -226,9 +231,9 @@ def process_rank() -> int:
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
-def is_writer() -> bool:
-    """Whether this process is rank 0, or alone."""
-    return process_rank() == 0
+def is_writer(verb: str) -> bool:
+    """Whether this process writes its folder: it is rank 0 of those that act as one, or stands for itself."""
+    return verb not in TOGETHER or process_rank() == 0
 
 
 def _owner(path: Path) -> str | None:
@@ -341,8 +346,10 @@ class Lock:
         _close_in_children(self)
         try:
             if not self._acquire():
+                holder = self._read()
                 raise InputError(
-                    f"{file.parent} is in use by {_holder_in_words(self._read())}; wait, or stop that process"
+                    f"{file.parent} is in use by {_holder_in_words(holder)}; wait, or stop that process"
+                    f"{self._or_else(holder)}"
                 )
             self._write(json.dumps(_me()))
         except BaseException:
@@ -359,6 +366,12 @@ class Lock:
         self._write(json.dumps(_me()))
         time.sleep(SETTLE_SECONDS)  # whoever else saw the stale holder has written by now: the last one has it
         return self._read() == _me()
+
+    def _or_else(self, holder: Mapping[str, Any]) -> str:
+        """What else may help: without locks nobody can know here whether a process of another machine is gone."""
+        assert self._fd is not None
+        away = holder.get("boot") != _boot_id() and _flock(self._fd) is None
+        return f"; if it is gone for good, rm {self.file}" if away else ""
 
     def _read(self) -> dict[str, Any]:
         assert self._fd is not None
@@ -472,7 +485,7 @@ def process_start(pid: int) -> int | None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a small file in one step, also across a power cut. A full or failing disk raises Resumable."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = partial_of(path)
     try:
         with open(partial, "w", encoding="utf-8") as file:
             file.write(text)
@@ -488,6 +501,11 @@ def write_atomically(path: Path, text: str) -> None:
         raise Resumable(
             f"cannot write {len(text)} bytes to {path}: {error.strerror}; then the same command goes on"
         ) from None
+
+
+def partial_of(path: Path) -> Path:
+    """A name beside `path` to write under before a rename; containers share process numbers, so chance decides too."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.partial")
 
 
 def is_disk_full(error: BaseException) -> bool:

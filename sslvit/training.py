@@ -24,17 +24,19 @@ from torch.nn.parallel import DistributedDataParallel
 from sslvit import distributed
 from sslvit.checkpoint import (
     Saving,
+    best_step,
     checkpoint_path,
     clean_checkpoints,
     drop_checkpoints_after,
     latest_checkpoint,
     load_checkpoint,
     load_optimizer_tensors,
+    mark_best,
     optimizer_tensors,
     save_checkpoint,
     verify_checkpoint,
 )
-from sslvit.errors import InputError, Resumable
+from sslvit.errors import InputError, Outage, Resumable
 from sslvit.metrics import MetricsLog
 from sslvit.optim import apply_schedule, clip_grad_norm_, step_unless
 from sslvit.signals import StopFlag
@@ -132,7 +134,7 @@ def train(
 
     A step whose loss or gradient is not finite is skipped on all processes alike; three in a row roll back to the last
     good checkpoint while the data go on; instead of a second roll-back the run stops with a report and an InputError.
-    On a signal or a full disk: Resumable.
+    On a signal, a full disk or data out of reach (Outage): Resumable, after a save wherever one can be made.
     """
     assert precision in ("fp32", "bf16") and checkpoint_every > 0, (precision, checkpoint_every)
     module.to(device).train()
@@ -196,6 +198,8 @@ def train(
                 saver.keep_best(progress, str(best))
                 break
         saver.close()
+    except _NoData as stopped:
+        saver.save_without_data(progress, cursor, stopped)
     except BaseException:
         saver.abandon()
         raise
@@ -243,7 +247,10 @@ class _Saver:
         load_optimizer_tensors(self.optimizer, tensors["optimizer"])
         self.metrics.load_state(tensors["metrics"])
         self.saved_step = meta["step"]
-        return Progress(**meta["progress"])
+        progress = Progress(**meta["progress"])
+        if distributed.is_main() and best_step(self.root) != progress.best_step:
+            mark_best(self.root, progress.best_step)  # a kill fell between a checkpoint's rename and this
+        return progress
 
     def save(self, progress: Progress) -> None:
         if self.saved_step == progress.step:
@@ -252,11 +259,13 @@ class _Saver:
         self.saved_step = progress.step
         averages = self.metrics.state()
         held = {"model": self.module.state_dict(), "optimizer": optimizer_tensors(self.optimizer)}
-        tensors = {stem: {k: distributed.full(v) for k, v in group.items()} for stem, group in held.items()}
+        copies = {stem: {k: distributed.copied_to_main(v) for k, v in group.items()} for stem, group in held.items()}
         if not distributed.is_main():
             return
         self.metrics.sync()
-        tensors["metrics"] = averages
+        tensors = {"metrics": averages}
+        for stem, group in copies.items():
+            tensors[stem] = {k: copy for k, copy in group.items() if copy is not None}
         meta = {**self.meta, "cursor": progress.cursor, "progress": asdict(progress)}
         self.saving = save_checkpoint(
             self.root,
@@ -267,6 +276,7 @@ class _Saver:
             best=progress.best_step,
             spare=[progress.good_step],
             milestone_every=self.milestone_every,
+            owned=True,
         )
 
     def is_milestone(self, step: int) -> bool:
@@ -288,6 +298,13 @@ class _Saver:
                 f"stopped by {reason} after step {progress.step}, saved in "
                 f"{checkpoint_path(self.root, progress.step)}; run the same command to go on"
             )
+
+    def save_without_data(self, progress: Progress, cursor: int, stopped: _NoData) -> NoReturn:
+        """The step that got no data is not made; what was there before it, `cursor` samples in, is saved by all."""
+        progress.cursor = cursor
+        self.save(progress)
+        self.close()
+        raise stopped.kind(f"{stopped}; saved in {checkpoint_path(self.root, progress.step)}") from stopped.__cause__
 
     def skip(self, progress: Progress, first: int, what: str) -> bool:
         """Counts a step that was not applied; the third in a row goes back to the last good checkpoint (True).
@@ -447,6 +464,14 @@ def _mean(logs: list[dict[str, Tensor | float]]) -> dict[str, Tensor | float]:
     return {name: sum(entry[name] for entry in logs) / len(logs) for name in logs[0]}
 
 
+class _NoData(Exception):
+    """Some process got no batch; raised on all of them at the same step. `kind` is what to raise instead."""
+
+    def __init__(self, text: str, kind: type[Resumable]) -> None:
+        super().__init__(text)
+        self.kind = kind
+
+
 class _Stream:
     """Batches on the device; keeps the run's cursor, and counts the seconds spent waiting for data."""
 
@@ -456,7 +481,12 @@ class _Stream:
 
     def __next__(self) -> Any:
         began = time.monotonic()
-        batch, self._progress.cursor = next(self._batches)
+        problem: Resumable | None = None
+        try:
+            batch, self._progress.cursor = next(self._batches)
+        except Resumable as error:
+            problem = error
+        _agree_on_data(problem)
         self._waited += time.monotonic() - began
         return batch.to(self._device)
 
@@ -464,6 +494,16 @@ class _Stream:
         """Seconds since this was last asked."""
         waited, self._waited = self._waited, 0.0
         return waited
+
+
+def _agree_on_data(problem: Resumable | None) -> None:
+    """_NoData on every process when one has a problem: a step is made by all, and a save too."""
+    number = float(distributed.rank() + 1)
+    mine = [number * (problem is not None), number * isinstance(problem, Outage)]
+    failed, away = distributed.all_reduce_max_(torch.tensor(mine)).int().tolist()
+    if failed:
+        text = f"process {failed - 1} got no data (see its message)" if problem is None else str(problem)
+        raise _NoData(text, Outage if away else Resumable) from problem
 
 
 def _say_alarms(watch: Watch | None, metrics: MetricsLog, progress: Progress, line: Mapping[str, Any]) -> None:

@@ -25,6 +25,7 @@ import chaos_rows  # noqa: E402
 import torch  # noqa: E402
 
 from sslvit import checkpoint, distributed, run_folder, training  # noqa: E402
+from sslvit.data import jsonl, tar  # noqa: E402
 from sslvit.data.bad_files import BadImage  # noqa: E402
 from sslvit.data.loader import Loader  # noqa: E402
 from sslvit.metrics import MetricsLog  # noqa: E402
@@ -128,6 +129,19 @@ def yaml_is_believed() -> None:
     chaos_rows.load_config = lambda schema, file: None
 
 
+def members_are_believed() -> None:
+    tar._refusal = lambda *facts: ""
+
+
+def paths_are_believed() -> None:
+    jsonl._is_inside = lambda path, root: True
+
+
+def links_are_believed() -> None:
+    """Lines are checked, what they lead to is not."""
+    os.path.realpath = os.path.abspath
+
+
 def lock_is_never_busy() -> None:
     run_folder._flock = lambda descriptor: True
 
@@ -154,6 +168,8 @@ def shorter_soak() -> None:
 
 
 CRASH_POINTS = chaos_rows.crash_points
+FIRST_TAR = len(chaos_rows.HOSTILE_YAML) + len(chaos_rows.HOSTILE_PICKLES)
+FIRST_PATH = FIRST_TAR + len(chaos_rows.HOSTILE_NAMES)
 BROKEN: dict[str, tuple[str, tuple[int, ...], Callable[[], None]]] = {
     "kill": ("kill", (1, 3, 5, 7), optimizer_is_not_restored),
     "every_call": ("every_call", (0,), saver_is_torn),
@@ -171,6 +187,10 @@ BROKEN: dict[str, tuple[str, tuple[int, ...], Callable[[], None]]] = {
     "odd_images, growth": ("odd_images", (0, 1, 2, 3), decoder_leaks),
     "hostile, yaml": ("hostile", (0,), yaml_is_believed),
     "hostile, pickle": ("hostile", (len(chaos_rows.HOSTILE_YAML),), pickles_are_believed),
+    "hostile, tar": ("hostile", (FIRST_TAR,), members_are_believed),
+    "hostile, tar link": ("hostile", (FIRST_TAR + 2,), members_are_believed),
+    "hostile, path": ("hostile", (FIRST_PATH,), paths_are_believed),
+    "hostile, link": ("hostile", (FIRST_PATH + 2,), links_are_believed),
     "races": ("races", (0,), lock_is_never_busy),
     "soak, growth": ("soak", (0,), descriptors_leak),
     "soak, bytes": ("soak", (0,), soak_loses_the_cursor),

@@ -307,7 +307,8 @@ def crash_run(every: int, folder: Path) -> dict[str, Any]:
 
     def work() -> None:
         os.dup2(REAL["open"](os.devnull, os.O_WRONLY), 1)
-        run(folder / "run", steps=9, checkpoint_every=3, keep=1)
+        judged = {"periodic": lambda step: {"knn": float(step)}, "periodic_every": 3, "best": "knn"}
+        run(folder / "run", steps=9, checkpoint_every=3, keep=1, **judged)
 
     assert not in_child(folder, None, work)
     wanted, failures, point, points = digest(folder / "run"), [], 0, 0

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,12 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from toy_run import Stream, Toy, digest, run
 
-from sslvit import checkpoint, distributed, training
+from sslvit import checkpoint, distributed, optim, training
 from sslvit.checkpoint import checkpoint_path, checkpoint_steps
 from sslvit.data.sources import open_source
 from sslvit.encoder.config import Preprocessing
 from sslvit.encoder.weights import load_encoder
-from sslvit.errors import InputError, Resumable
+from sslvit.errors import InputError, Outage, Resumable
 from sslvit.metrics import MetricsLog
 from sslvit.objectives.accumulation import sinkhorn_columns
 from sslvit.objectives.dino import Centering, sinkhorn
@@ -105,6 +106,48 @@ def sharded(folder: Path) -> list[float]:
     first, second = ([distributed.full(value) for value in m.state_dict().values()] for m in (module, again))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     return torch.cat([value.double().flatten() for value in first]).tolist()
+
+
+def saving_gathers_one_tensor_at_a_time(folder: Path) -> None:
+    """Otherwise weights, teacher and both moments would be whole on every GPU at each save, and after a resume."""
+    whole: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+    full_tensor = DTensor.full_tensor
+
+    def counting(self: DTensor, **options: Any) -> torch.Tensor:
+        nonlocal most
+        tensor = full_tensor(self, **options)
+        most = max(most, 1 + sum(ref() is not None for ref in whole))
+        whole.append(weakref.ref(tensor))
+        return tensor
+
+    DTensor.full_tensor = counting
+    try:
+        for steps in (3, 6):  # the second goes on from the first
+            module = Toy(dropout=0.0)
+            distributed.shard(module, bf16=False)
+            optimizer = optim.adamw(optim.param_groups(module, 0.1), 1e-2)
+            run(folder, module=module, optimizer=optimizer, steps=steps, size=4)
+    finally:
+        DTensor.full_tensor = full_tensor
+    assert most == 1 and len(whole) > 20, (most, len(whole))
+    moments = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, DTensor)]
+    kept = [value.to_local() for value in [*moments, *module.parameters()]]
+    assert all(value.untyped_storage().nbytes() <= value.nbytes + 64 for value in kept), "a share keeps the whole alive"
+
+
+def no_data_on_one_rank(folder: Path) -> None:
+    """Both stop at the step that one got no batch for, and both know why: rank 0, who writes the job's note, too."""
+    for accumulate in (1, 2):
+        stream = Stream(4 // accumulate, away=22 if distributed.rank() == 1 else None)
+        try:
+            run(folder / f"{accumulate}", stream=stream, accumulate=accumulate)
+        except Outage as outage:
+            assert "saved in" in str(outage) and "step_0000002" in str(outage), outage
+            assert ("process 1 got no data" in str(outage)) == distributed.is_main(), outage
+        else:
+            raise AssertionError("not stopped")
+        assert checkpoint_steps(folder / f"{accumulate}" / "checkpoints")[-1] == 2
 
 
 def random_draws_differ(folder: Path) -> None:
@@ -283,6 +326,8 @@ CHECKS = (
     plain,
     accumulated,
     sharded,
+    saving_gathers_one_tensor_at_a_time,
+    no_data_on_one_rank,
     random_draws_differ,
     stopped_and_resumed,
     bad_on_one_rank,

@@ -81,6 +81,10 @@ QUICK_TO_FAIL = {
     "races": "[0, 0]",
     "hostile, yaml": "not refused",
     "hostile, pickle": "not refused",
+    "hostile, tar": "../canary.png is believed",
+    "hostile, tar link": "link.png is believed",
+    "hostile, path": "read b'canary'",
+    "hostile, link": "read b'canary'",
     "not_finite": ".safetensors: ",
 }
 ON_ODD_IMAGES = {

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -221,6 +222,29 @@ def test_unwritable_places_are_input_errors(tmp_path):
     assert "--output-dir" in refusal(InputError, opened, "/proc/nothing/run")
 
 
+def test_two_processes_of_one_number_write_one_file(tmp_path, monkeypatch):
+    """As tasks of an array do, each in a container of its own."""
+    both, fsync = threading.Barrier(2), os.fsync
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    monkeypatch.setattr(os, "fsync", lambda fd: (both.wait(5), fsync(fd)))
+    monkeypatch.setattr(run_folder, "_sync_folder", lambda path: None)
+    problems = []
+
+    def write(text):
+        try:
+            write_atomically(tmp_path / "a.json", text)
+        except OSError as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=write, args=(text,)) for text in ("one", "two")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not problems and (tmp_path / "a.json").read_text() in ("one", "two")
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
 # ---- ranks ----------------------------------------------------------------------------------------------------------
 
 
@@ -240,6 +264,21 @@ def test_other_ranks_write_nothing(tmp_path, monkeypatch, variable):
         with opened(tmp_path / "run", overwrite=True) as third:
             assert not third.finished  # whatever rank 0 has had time to delete
         assert sorted(os.listdir(tmp_path / "run")) == before
+
+
+@pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID"])
+def test_every_task_of_a_verb_that_joins_no_group_writes_its_own_folder(tmp_path, monkeypatch, variable):
+    """`srun -n8 sslvit evaluate --output-dir o$SLURM_PROCID`; two on one folder are refused, not silent."""
+    monkeypatch.delenv("RANK", raising=False)
+    for rank in ("0", "1"):
+        monkeypatch.setenv(variable, rank)
+        with RunFolder.open(tmp_path / rank, "evaluate", EvaluateConfig(encoder="e"), free_keys=["*"]) as folder:
+            assert folder.writer
+            folder.add_results([{"name": "knn/top1"}])
+            assert "in use" in refusal(
+                InputError, RunFolder.open, tmp_path / rank, "evaluate", EvaluateConfig(encoder="e")
+            )
+        assert (tmp_path / rank / "results.json").exists()
 
 
 @pytest.mark.parametrize("gone", [["env.json"], ["env.json", "config.yaml"]])
@@ -395,7 +434,8 @@ def test_without_kernel_locks_the_holder_is_looked_up(tmp_path, monkeypatch):
     ]
     for holder in busy:
         file.write_text(json.dumps(holder))
-        assert "in use" in refusal(InputError, Lock, file)
+        said = refusal(InputError, Lock, file)
+        assert "in use" in said and (f"rm {file}" in said) == (holder["host"] == "elsewhere")
     for holder in [*stale, "nonsense"]:
         file.write_text(json.dumps(holder))
         Lock(file).release()

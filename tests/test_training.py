@@ -15,7 +15,7 @@ from toy_run import Stream, Toy, digest, lines, run
 
 from sslvit import checkpoint, metrics, optim, training
 from sslvit.checkpoint import checkpoint_path, checkpoint_steps, latest_checkpoint, load_checkpoint
-from sslvit.errors import InputError, Resumable
+from sslvit.errors import InputError, Outage, Resumable
 from sslvit.metrics import MetricsLog
 from sslvit.signals import StopFlag
 from sslvit.training import step_seed
@@ -80,6 +80,21 @@ def test_interrupted_after_any_step_the_same_command_ends_the_same(
     for at in range(0, STEPS, 3 if options else 1):
         run_interrupted(tmp_path / f"{at}", at, kind, **options)
         assert digest(tmp_path / f"{at}") == digest(tmp_path / "whole"), at
+
+
+@pytest.mark.parametrize(("accumulate", "away"), [(1, 22), (2, 20), (2, 22), (1, 0)])
+def test_data_out_of_reach_stop_the_run_without_losing_a_step(tmp_path: Path, accumulate: int, away: int) -> None:
+    """22 // 4 = 5 steps are done, none of which was due for a save after the fourth."""
+    options: dict[str, Any] = {"size": 4 // accumulate, "accumulate": accumulate, "checkpoint_every": 4}
+    run(tmp_path / "whole", **options)
+    for kind in (Outage, Resumable):
+        folder = tmp_path / kind.__name__
+        with pytest.raises(kind, match=f"the network is away; saved in .*step_{away // 4:07d}$") as caught:
+            run(folder, stream=Stream(options["size"], away=away, kind=kind), **options)
+        assert type(caught.value) is kind
+        stream = Stream(options["size"])
+        run(folder, stream=stream, **options)
+        assert stream.seen[0] == away // 4 * 4 and digest(folder) == digest(tmp_path / "whole")
 
 
 def test_stopped_after_every_single_step_each_sample_is_seen_once(tmp_path: Path) -> None:
@@ -507,6 +522,19 @@ def test_the_periodic_evaluation_and_the_best_checkpoint(tmp_path: Path) -> None
     plain = Toy()
     run(tmp_path / "b", module=plain)
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), plain.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("left", [5, None])
+def test_a_kill_just_before_the_last_mark_leaves_no_older_best_step(tmp_path: Path, left: int | None) -> None:
+    options = {"periodic": lambda step: {"knn": float(step)}, "periodic_every": 5, "best": "knn"}
+    run(tmp_path, **options)
+    root = tmp_path / "checkpoints"
+    assert checkpoint.best_step(root) == STEPS
+    (root / "best.json").unlink()
+    if left is not None:
+        checkpoint.mark_best(root, left)
+    run(tmp_path, **options)
+    assert checkpoint.best_step(root) == STEPS
 
 
 def test_a_gradient_taken_away_holds_its_layer(tmp_path: Path) -> None:

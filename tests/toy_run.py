@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from sslvit import distributed, optim
-from sslvit.checkpoint import latest_checkpoint, load_checkpoint
+from sslvit.checkpoint import best_step, latest_checkpoint, load_checkpoint
+from sslvit.errors import Outage
 from sslvit.metrics import TIMING_FIELDS, MetricsLog
 from sslvit.schedules import cosine
 from sslvit.signals import StopFlag
@@ -60,10 +61,12 @@ class Toy(nn.Module):
 
 
 class Stream:
-    """Sample i is a function of i; poisoned samples are NaN. Each process takes its slice of every global batch."""
+    """Sample i is a function of i; poisoned ones are NaN, `away` cannot be read. Each process takes its slice."""
 
-    def __init__(self, size: int, poison: frozenset[int] = frozenset()) -> None:
-        self.size, self.poison = size, poison
+    def __init__(
+        self, size: int, poison: frozenset[int] = frozenset(), away: int | None = None, kind: type[Exception] = Outage
+    ) -> None:
+        self.size, self.poison, self.away, self.kind = size, poison, away, kind
         self.cursor = 0
         self.seen: list[int] = []
 
@@ -75,6 +78,8 @@ class Stream:
             first = self.cursor + distributed.rank() * self.size
             self.cursor += self.size * distributed.world_size()
             ids = range(first, first + self.size)
+            if self.away in ids:
+                raise self.kind("the network is away")
             self.seen += ids
             yield torch.stack([self.sample(i) for i in ids]), self.cursor
 
@@ -114,11 +119,12 @@ def run(
 
 
 def digest(folder: Path) -> str:
-    """SHA-256 over everything a run leaves that is not about time: newest checkpoint, meta, metrics lines."""
-    path = latest_checkpoint(Path(folder) / "checkpoints")
+    """SHA-256 over everything a run leaves that is not about time: newest checkpoint, meta, best step, metrics."""
+    root = Path(folder) / "checkpoints"
+    path = latest_checkpoint(root)
     assert path is not None
     tensors, meta = load_checkpoint(path)
-    content = hashlib.sha256(json.dumps([path.name, meta], sort_keys=True).encode())
+    content = hashlib.sha256(json.dumps([path.name, meta, best_step(root)], sort_keys=True).encode())
     for stem in sorted(tensors):
         for name in sorted(tensors[stem]):
             content.update(f"{stem}/{name}".encode())

@@ -26,11 +26,13 @@ class BadFiles:
     `os.fsencode(json.loads(line)["name"])` is the name on disk. With `path=None` nothing is written.
 
     Of several processes rank 0 writes `path` and rank N a file of its own beside it, `bad_files.rankN.jsonl`; rank 0
-    takes in what the others found when it starts, and at the end of a run with `collect`.
+    takes in what the others found when it starts, and at the end of a run with `collect`. A verb whose processes do not
+    act as one says `rank=0` in each.
     """
 
-    def __init__(self, path: str | Path | None = None, *, max_bad_rate: float = 0.05) -> None:
-        self.path = None if path is None else _own_file(Path(path), process_rank())
+    def __init__(self, path: str | Path | None = None, *, max_bad_rate: float = 0.05, rank: int | None = None) -> None:
+        self.rank = process_rank() if rank is None else rank
+        self.path = None if path is None else _own_file(Path(path), self.rank)
         self.max_bad_rate = max_bad_rate
         self.reasons: dict[str, str] = {}
         self.num_seen = 0  # draws, good and bad
@@ -47,7 +49,7 @@ class BadFiles:
 
     def collect(self) -> None:
         """On rank 0: writes down what the other ranks' files hold. They stay; doing so again changes nothing."""
-        if self.path is None or process_rank() != 0:
+        if self.path is None or self.rank != 0:
             return
         for file in sorted(self.path.parent.glob(f"{self.path.stem}.rank*{self.path.suffix}")):
             for name, reason in read_bad_files(file).items():

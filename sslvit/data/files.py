@@ -5,6 +5,7 @@ An index (names, offsets) is kept in `$SSLVIT_CACHE` or `~/.cache/sslvit`, never
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import os
@@ -13,7 +14,7 @@ import shutil
 import stat
 import tempfile
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,11 @@ import numpy as np
 from sslvit.data.bad_files import BadImage
 from sslvit.data.remote import is_remote, remote_matches
 from sslvit.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 MAX_FILE_BYTES = 1 << 30
 _MAX_OPEN = 256  # shards whose descriptor stays open; further ones are opened for each read
@@ -210,6 +216,31 @@ def load_arrays(folder: Path, names: Iterable[str]) -> dict[str, np.ndarray] | N
         return {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
     except (OSError, ValueError):
         return None
+
+
+def kept_arrays(entry: Path, names: Sequence[str], build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The arrays of a cache entry, mapped; built and saved first by one of the processes that ask for them at once."""
+    arrays = load_arrays(entry, names)
+    if arrays is None:
+        with _one_at_a_time(entry):
+            arrays = load_arrays(entry, names)
+            if arrays is None:
+                arrays = build()
+                save_arrays(entry, arrays)
+                arrays = load_arrays(entry, names) or arrays  # shared by all processes, and this one's copy goes
+    return arrays
+
+
+@contextlib.contextmanager
+def _one_at_a_time(entry: Path) -> Iterator[None]:
+    """Held by one process of a machine; where the cache cannot be written or has no locks, by everybody."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(entry.with_name(f".{entry.name}.lock"), "w"))
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def save_arrays(folder: Path, arrays: dict[str, np.ndarray]) -> None:

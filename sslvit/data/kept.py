@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from concurrent.futures import Future
 from typing import Any, Generic, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
@@ -17,25 +18,35 @@ class Kept(Generic[Key]):
         self.limit = limit
         self.bytes = 0
         self._items: OrderedDict[Key, Any] = OrderedDict()
+        self._loading: dict[Key, Future[Any]] = {}
         self._lock = threading.Lock()
-        self._gates: dict[Key, threading.Lock] = {}
 
     def get(self, key: Key, load: Callable[[], Any]) -> Any:
-        """The item `key`, by `load()` when it is not there; an item tells its size as `nbytes`."""
+        """The item `key`, by `load()` when it is not there; an item tells its size as `nbytes`.
+
+        Threads that come while it is loaded get what that load gives, item or error, even if it is not kept for long.
+        """
         with self._lock:
             if key in self._items:
                 self._items.move_to_end(key)
                 return self._items[key]
-            gate = self._gates.setdefault(key, threading.Lock())
-        with gate:
-            with self._lock:
-                if key in self._items:
-                    return self._items[key]
+            loading = self._loading.get(key)
+            if loading is None:
+                mine = self._loading[key] = Future()
+        if loading is not None:
+            return loading.result()
+        try:
             item = load()
+        except BaseException as error:
             with self._lock:
-                self._items[key] = item
-                self._gates.pop(key, None)
-                self.bytes += item.nbytes
-                while self.bytes > self.limit and len(self._items) > 1:
-                    self.bytes -= self._items.popitem(last=False)[1].nbytes
+                del self._loading[key]
+            mine.set_exception(error)
+            raise
+        with self._lock:
+            del self._loading[key]
+            self._items[key] = item
+            self.bytes += item.nbytes
+            while self.bytes > self.limit and len(self._items) > 1:
+                self.bytes -= self._items.popitem(last=False)[1].nbytes
+        mine.set_result(item)
         return item

@@ -6,21 +6,29 @@ process fetches what it reads: a second rank on a machine reads the same blocks 
 
 from __future__ import annotations
 
+import logging
 import posixpath
 import re
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from sslvit.data.bad_files import BadImage
 from sslvit.data.kept import Kept
-from sslvit.errors import InputError, Resumable
+from sslvit.errors import InputError, Outage, Resumable
+
+logger = logging.getLogger(__name__)
 
 BLOCK_BYTES = 8 << 20
 KEPT_BYTES = 512 << 20
-_PAUSES = (0.5, 2.0, 8.0)  # seconds before a read that failed is tried again
+OUTAGE_SECONDS = 300.0  # for so long a read that failed is tried again
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0  # seconds between two tries; each is twice as long as the one before
+_JUST_NOW = 60.0  # seconds in which others need not find out again that a server is away
+
+_given_up: dict[str, float] = {}  # server -> when somebody last tried for long enough
+Answer = TypeVar("Answer")
 
 
 def is_remote(path: str | bytes) -> bool:
@@ -63,7 +71,7 @@ class RemoteFiles:
         self._kept: Kept[tuple[int, int]] = Kept(KEPT_BYTES)
 
     def read(self, index: int, offset: int, size: int) -> bytes:
-        """Returns `size` bytes of file `index` at `offset`; BadImage when it ends before, Resumable without network."""
+        """Returns `size` bytes of file `index` at `offset`; BadImage when it ends before, Outage without network."""
         if offset + size > self.sizes[index]:
             raise BadImage(f"the file ends {offset + size - self.sizes[index]} bytes early")
         parts = []
@@ -74,19 +82,17 @@ class RemoteFiles:
         return b"".join(parts)
 
     def _fetch(self, index: int, number: int) -> np.ndarray:
-        """Block `number` of a file, (n,) uint8; what fails is tried again a few times."""
+        """Block `number` of a file, (n,) uint8. Refused though it was there at the start: Resumable."""
         url = self.paths[index].decode()
         start, end = number * BLOCK_BYTES, min((number + 1) * BLOCK_BYTES, self.sizes[index])
-        for pause in (*_PAUSES, None):
-            try:
-                system, path = _system(url)
-                data = system.cat_file(path, start=start, end=end)
-                break
-            except Exception as error:  # of any client and server
-                if pause is None:
-                    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                    raise Resumable(f"cannot read {url}: {reason}; run the same command again") from error
-                time.sleep(pause)
+        system, path = _system(url)
+        try:
+            data = _persist(url, lambda: system.cat_file(path, start=start, end=end))
+        except _Refused as refused:
+            raise Resumable(
+                f"cannot read {url} any more: {refused}; see to the file and your credentials and run the same "
+                "command again"
+            ) from refused.__cause__
         if len(data) != end - start:
             raise InputError(
                 f"{url}: its server sent {len(data)} bytes for {end - start}; it serves no ranges, or the file changed"
@@ -118,12 +124,51 @@ def _system(url: str) -> tuple[Any, str]:
     return system, path
 
 
-def _asked(url: str, ask: Callable[[], Any]) -> Any:
-    """What a server answers about a file; InputError in one line when it does not."""
+class _Refused(Exception):
+    """A server answered, and asking again would not help: no such file, no permission, no such thing as this URL."""
+
+
+def _asked(url: str, ask: Callable[[], Answer]) -> Answer:
+    """What a server answers about a file; InputError in one line when it refuses, Outage when it does not answer."""
     try:
-        return ask()
-    except FileNotFoundError:
-        raise InputError(f"nothing at {url}; check the address") from None
-    except Exception as error:  # of any client and server
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"cannot open {url}: {reason}") from error
+        return _persist(url, ask)
+    except _Refused as refused:
+        if _status(refused.__cause__) == 404:
+            raise InputError(f"nothing at {url}; check the address") from None
+        raise InputError(f"cannot open {url}: {refused}") from refused.__cause__
+
+
+def _persist(url: str, act: Callable[[], Answer]) -> Answer:
+    """What `act` returns, tried for minutes with growing pauses; _Refused at once where that is no use, else Outage."""
+    server, pause, first = "/".join(url.split("/", 3)[:3]), _FIRST_PAUSE, time.monotonic()
+    while True:
+        began = time.monotonic()
+        try:
+            return act()
+        except Exception as error:  # of any client and server
+            cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
+            reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+            if 400 <= _status(cause) < 500:
+                raise _Refused(reason) from cause
+            known = began - _given_up.get(server, -_JUST_NOW) < _JUST_NOW
+            if known or time.monotonic() + pause > first + OUTAGE_SECONDS:
+                _given_up[server] = time.monotonic()
+                raise Outage(f"cannot read {url}: {reason}; run the same command again") from error
+            if pause == _FIRST_PAUSE:
+                logger.warning("cannot read %s (%s); trying again for up to %.0f s", url, reason, OUTAGE_SECONDS)
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def _status(error: BaseException | None) -> int:
+    """What an error means as a status of HTTP, 500 when it may pass. (fsspec's FileNotFoundError may hide another.)"""
+    told = getattr(error, "status", None) or getattr(error, "code", None)  # of aiohttp, of gcsfs
+    if isinstance(response := getattr(error, "response", None), dict):  # of botocore
+        told = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    if isinstance(told, int) and told >= 400:
+        return 500 if told in (408, 425, 429) else told
+    if isinstance(error, FileNotFoundError):
+        return 404
+    if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
+        return 403
+    return 400 if isinstance(error, ValueError | NotImplementedError) else 500

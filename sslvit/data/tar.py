@@ -26,6 +26,7 @@ from sslvit.data.files import (
     cache_root,
     expand,
     file_key,
+    kept_arrays,
     load_arrays,
     save_arrays,
 )
@@ -60,12 +61,11 @@ class TarSource:
                 raise InputError(f"{pattern!r} names files and URLs; give two sets, or copy one to the other")
             with ThreadPoolExecutor(_THREADS) as threads:
                 self._keys = list(threads.map(remote_key, paths))
-                self._files = RemoteFiles(paths, [size for _, size, _ in self._keys])
-                arrays = _merged(list(threads.map(self._load_shard, range(len(paths)))))
+            self._files = RemoteFiles(paths, [size for _, size, _ in self._keys])
         else:
             self._files = OpenFiles(paths)
             self._keys = [file_key(path) for path in paths]
-            arrays = self._load_index()
+        arrays = self._load_index()
         self._members = arrays["members"]  # (n, 8) int64: offset and size of image, json, txt, cls; size -1: none
         self._shard_ends = arrays["shard_ends"]
         self._names = Names(arrays["names"], arrays["name_ends"])
@@ -123,21 +123,25 @@ class TarSource:
         return self._files.read(self._shard(index), int(offset), int(size))
 
     def _number(self, labels: Names) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
-        values = [labels[i].decode("utf-8", "replace") or None for i in range(len(labels))]
-        if not any(value is not None for value in values):
+        if not len(labels.data):
             return {}, {}
+        values = [labels[i].decode("utf-8", "replace") or None for i in range(len(labels))]
         if all(value is None or value.lstrip("-").isdecimal() for value in values):
             return {"label": number_labels([value and int(value) for value in values])[0]}, {}
         numbers, names = number_labels(values)
         return {"label": numbers}, {"label": names}
 
     def _load_index(self) -> dict[str, np.ndarray]:
+        """The index of the whole set. The processes of a machine map the same file; one of them makes it."""
         entry = cache_root() / "tars" / cache_key("tar-1", self._keys)
-        arrays = load_arrays(entry, _ARRAYS)
-        if arrays is None:
-            arrays = _index(self._files, range(len(self._files.paths)))
-            save_arrays(entry, arrays)
-        return arrays
+        return kept_arrays(entry, _ARRAYS, self._index_all)
+
+    def _index_all(self) -> dict[str, np.ndarray]:
+        shards = range(len(self._files.paths))
+        if isinstance(self._files, OpenFiles):
+            return _index(self._files, shards)
+        with ThreadPoolExecutor(_THREADS) as threads:
+            return _merged(list(threads.map(self._load_shard, shards)))
 
     def _load_shard(self, shard: int) -> dict[str, np.ndarray]:
         """The index of one shard: a set that grows fetches the new ones only."""
@@ -235,7 +239,10 @@ def _scan(path: bytes) -> Iterator[_Member]:
 
 
 def _scan_remote(files: RemoteFiles, shard: int) -> Iterator[_Member]:
-    """The same of a remote one: what lies between headers is skipped where it is larger than a block."""
+    """The same of a remote one: what lies between headers is skipped where it is larger than a block.
+
+    A request takes about as long as some megabytes do: one for each header of small members would be slower.
+    """
     size = files.sizes[shard]
 
     def read(offset: int, length: int) -> bytes:

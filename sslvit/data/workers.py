@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from sslvit.errors import InputError, Resumable
+from sslvit.errors import InputError, Outage, Resumable
 
 HANG_SECONDS = 120.0
 TRIES = 3
@@ -49,7 +49,7 @@ class Workers:
 
     A job that fails, runs out of memory or stays at one image for two minutes (a dead network disk) is done again, in a
     new thread if need be; the third failure raises where it is waited for, naming the image it was at: RuntimeError,
-    Resumable for a hang or no memory. Being daemons the threads cannot keep the process alive.
+    Outage for a hang, Resumable for no memory. Being daemons the threads cannot keep the process alive.
     """
 
     def __init__(self, num_threads: int, name: Callable[[int], str]) -> None:
@@ -114,7 +114,7 @@ class Workers:
             elif mark[1] is not None and time.monotonic() - since > HANG_SECONDS:
                 job.abandoned = job.at is not None
                 problem = f"reading {self._name(mark[1])} has hung for {HANG_SECONDS:.0f} s"
-                return Resumable(f"{problem}; see to its disk and run the same command again")
+                return Outage(f"{problem}; see to its disk and run the same command again")
         if isinstance(job.error, InputError | Resumable) or not isinstance(job.error, Exception | None):
             raise job.error
         where = "before the first image" if job.at is None else f"at {self._name(job.at)}"

@@ -52,6 +52,7 @@ _HF_ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "quick_gelu": "quick_gelu",
 }
+_MOVES = 5  # times that a run may prune a checkpoint while it is read
 _RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers, in preprocessor_config.json
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -243,8 +244,19 @@ def _from_folder(path: Path, options: dict[str, Any], spec: str) -> LoadedEncode
 
 
 def _from_run(path: Path, which: str | None, spec: str) -> LoadedEncoder:
-    """The newest checkpoint of a run, or the one named: `best`, `step_500`."""
+    """The newest checkpoint of a run, or the one named: `best`, `step_500`; again where the run has moved on."""
     root = path / "checkpoints"
+    for _ in range(_MOVES):
+        steps = checkpoint_steps(root)
+        try:
+            return _from_named(root, which, spec)
+        except (FileNotFoundError, InputError):
+            if checkpoint_steps(root) == steps:
+                raise
+    raise InputError(f"{spec}: the run prunes its checkpoints faster than this reads them; give it checkpoint.keep=5")
+
+
+def _from_named(root: Path, which: str | None, spec: str) -> LoadedEncoder:
     steps = checkpoint_steps(root)
     if which is None or which == "latest":
         checkpoint = latest_checkpoint(root)

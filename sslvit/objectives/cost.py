@@ -73,7 +73,10 @@ class Cost:
         return SAVED_BYTES * self.student + 4 * self.teacher
 
     def state_bytes(self, bf16: bool, shards: int = 1) -> float:
-        """Weights, gradients, moments and teacher on each of `shards` devices that share them (1: each has all)."""
+        """Weights, gradients, moments and teacher on each of `shards` devices that share them (1: each has all).
+
+        The peak is that of a step: a save gathers one tensor at a time, when nothing else is gathered.
+        """
         held = (STATE_BYTES * self.student + 4 * self.teacher) / shards
         gathered = 2 * self.teacher + 2 * (self.student if shards > 1 else self.cast)
         return held + (gathered if bf16 else 2 * gathered if shards > 1 else 0)

@@ -29,6 +29,7 @@ from sslvit.distributed import native_bf16
 from sslvit.encoder.config import Preprocessing
 from sslvit.encoder.vit import Tokens, forward_layers
 from sslvit.errors import InputError
+from sslvit.run_folder import partial_of
 
 CACHE_VERSION = 1
 NUM_BLOCKS = 4  # what the linear grid reads
@@ -300,8 +301,7 @@ def _check_finite(raw: Features, source: Source) -> None:
 
 def _write_entry(entry: Path, raw: Features) -> None:
     """Store arrays under `entry`, visible only when complete."""
-    partial = entry.with_name(f"{entry.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = partial_of(entry)
     arrays = {f"block_{number}": values for number, values in enumerate(raw.blocks)} | {"indices": raw.indices}
     if raw.has_class_token:
         arrays["mean_patch"] = raw.mean_patch

@@ -209,7 +209,7 @@ def _write(folder: Path, report: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for earlier in folder.glob("bad_files*.jsonl"):  # what is repaired must not stay listed
         earlier.unlink()
-    bad_files = BadFiles(folder / "bad_files.jsonl", max_bad_rate=1.0)
+    bad_files = BadFiles(folder / "bad_files.jsonl", max_bad_rate=1.0, rank=0)
     for row in report["bad"]:
         bad_files.add(row["name"], row["reason"])
     (folder / "check_data.json").write_text(json.dumps(report, indent=2) + "\n")

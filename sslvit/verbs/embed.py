@@ -22,7 +22,7 @@ from sslvit.encoder.weights import load_encoder
 from sslvit.errors import InputError
 from sslvit.probes.features import Examples, Extraction, Features, default_precision, shared_cache
 from sslvit.probes.knn import normalised
-from sslvit.run_folder import is_disk_full
+from sslvit.run_folder import is_disk_full, partial_of
 
 SUFFIXES = (".npz", ".parquet")
 
@@ -101,7 +101,7 @@ def _faiss_index(features: np.ndarray) -> Any:
 
 def _write(file: Path, content: Any) -> None:
     """Write in one step: a reader sees the old file or the new one. InputError when the place is wrong."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    partial = partial_of(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as handle:

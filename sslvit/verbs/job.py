@@ -24,18 +24,18 @@ from typing import Any
 
 import sslvit
 from sslvit.commands import explain, parse
-from sslvit.errors import EXIT_BUG, EXIT_DONE, EXIT_INPUT, EXIT_RESUMABLE, RankLost
+from sslvit.errors import EXIT_BUG, EXIT_DONE, EXIT_INPUT, EXIT_RESUMABLE, Outage, RankLost
 from sslvit.run_folder import process_start, write_atomically
 
 #: Sent before a time limit. After TERM the job is requeued only if Slurm has no plan of its own for it.
 REQUEUE_SIGNAL = getattr(signal, "SIGUSR2", signal.SIGTERM)
 WATCHED = (signal.SIGTERM, REQUEUE_SIGNAL)
 
-#: States of a job that ended without a last word.
-WITHOUT_A_WORD = ("running", "requeued", "lost")
+#: States of a job that ended without a last word, or because what it reads was out of reach: it is queued again.
+WITHOUT_A_WORD = ("running", "requeued", "lost", "outage")
 MAX_IN_VAIN = 3
 
-#: Exit code, one line, and the error if it is a bug, a lost process or a signal outside of a training loop.
+#: Exit code, one line, and the error if it is a bug, a lost process, an outage or a signal outside of a training loop.
 Ending = tuple[int, str, BaseException | None]
 
 
@@ -82,7 +82,8 @@ class Job:
                 _requeue_at_once(place)
             _requeue(place, requeue, note)
         elif code != EXIT_DONE:
-            note.write("stopped" if code == EXIT_RESUMABLE else "wrong input", code, message, signals.names)
+            state = "outage" if isinstance(bug, Outage) else "stopped" if code == EXIT_RESUMABLE else "wrong input"
+            note.write(state, code, message, signals.names)
             if code == EXIT_INPUT:
                 _end_local_siblings(place)
             _leave(place, code)
@@ -121,7 +122,7 @@ def _run(words: list[str], place: Place) -> Ending:
         if ending is None:
             return EXIT_BUG, f"{type(error).__name__}: {error}", error
         print(f"sslvit {words[0]}: {ending[1]}", file=sys.stderr, flush=True)
-        return *ending, error if isinstance(error, RankLost) else None
+        return *ending, error if isinstance(error, RankLost | Outage) else None
     if isinstance(answer, str):
         print(answer)
     return EXIT_DONE, "", None
@@ -283,7 +284,7 @@ def _is_running(job_id: str) -> bool:
 def after_srun(code: int, folder: str, output_dir: str, max_num_requeues: int) -> int:
     """In the batch script, once all tasks have ended; returns its exit code.
 
-    A job that went without a word (a dead node, kill -9, out of memory) is queued again: not more than
+    A job that went without a word (a dead node, kill -9, out of memory) or met an outage is queued again: not more than
     `max_num_requeues` times, and three times at most without a new checkpoint.
     """
     if code == EXIT_DONE:
@@ -301,11 +302,12 @@ def after_srun(code: int, folder: str, output_dir: str, max_num_requeues: int) -
     tried = int(os.environ.get("SLURM_RESTART_COUNT", 0))
     if note["state"] not in WITHOUT_A_WORD or not _is_running(job_id):
         return code
+    what = "stopped by an outage" if note["state"] == "outage" else "gone without a word"
     if tried >= max_num_requeues or in_vain >= MAX_IN_VAIN:
-        print(f"sslvit: gone without a word again, after {newest}; not queued again", file=sys.stderr)
+        print(f"sslvit: {what} again, after {newest}; not queued again", file=sys.stderr)
         return code
     write_atomically(reached, f"{in_vain} {newest}")
-    print(f"sslvit: gone without a word (exit code {code}), after {newest}; queued again", file=sys.stderr, flush=True)
+    print(f"sslvit: {what} (exit code {code}), after {newest}; queued again", file=sys.stderr, flush=True)
     return subprocess.run(["scontrol", "requeue", job_id], check=False).returncode
 
 

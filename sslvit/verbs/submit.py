@@ -30,7 +30,7 @@ from typing import Any
 from sslvit.commands import Command, JobFailed, parse
 from sslvit.config import load_config, shipped_file
 from sslvit.errors import EXIT_DONE, EXIT_INPUT, EXIT_RESUMABLE, InputError, Resumable
-from sslvit.run_folder import process_start, write_atomically
+from sslvit.run_folder import TOGETHER, process_start, write_atomically
 from sslvit.verbs.job import WITHOUT_A_WORD, Job
 from sslvit.verbs.plan import (
     ASSUMED,
@@ -42,7 +42,6 @@ from sslvit.verbs.plan import (
     refuse_what_cannot_fit,
 )
 
-DISTRIBUTED = ("pretrain", "align")  # verbs whose tasks share the work
 LIVE = ("waiting", "running", "unknown")
 SLURM_ONLY = ("nodes", "cpus_per_task", "mem_gb", "partition", "account", "qos", "constraint", "sbatch", "srun_args")
 
@@ -212,7 +211,7 @@ def read_launch(name: str) -> LaunchConfig:
 
 def fit_to_verb(settings: LaunchConfig, verb: str) -> LaunchConfig:
     """Verbs that do not train together get one task and at most one GPU, however much the launch file asks for."""
-    if verb in DISTRIBUTED:
+    if verb in TOGETHER:
         return settings
     return replace(settings, nodes=1, tasks_per_node=1, gpus_per_node=min(1, num_gpus(settings)))
 

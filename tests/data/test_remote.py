@@ -1,10 +1,12 @@
-"""Tar shards behind URLs: a local HTTP server, an S3 one, and fsspec's memory; the local tar source is the oracle."""
+"""Tar shards behind URLs: an HTTP server, a real S3 one, and fsspec's memory; the local tar source is the oracle."""
 
 import http.server
 import io
 import pickle
 import tarfile
 import threading
+import time
+import urllib.request
 from collections import Counter
 
 import numpy as np
@@ -15,7 +17,10 @@ from sslvit.data import remote, tar
 from sslvit.data.config import DINO_PHOTOMETRY, CropsConfig
 from sslvit.data.loader import Loader
 from sslvit.data.sources import open_source
-from sslvit.errors import InputError, Resumable
+from sslvit.errors import InputError, Outage, Resumable
+from sslvit.exports import formats
+from sslvit.metrics import MetricsLog
+from sslvit.verbs.pretrain import pretrain
 
 CROPS = CropsConfig(num_global=2, global_scale=[0.4, 1.0], num_local=0)
 
@@ -41,11 +46,13 @@ def shard(first, count):
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Ranges of files in memory; as an S3 server it also lists a bucket."""
+    """Ranges of files in memory."""
 
     files: dict[str, bytes]
     asked: Counter
-    failing = 0  # how many of the next reads fail
+    failing = 0  # how many of the next requests fail
+    refusing = 0  # a status that is the answer to all
+    tries = 0
     ranges = True
     protocol_version = "HTTP/1.1"
 
@@ -53,14 +60,13 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.answer(body=False)
 
     def do_GET(self):
-        if "list-type=2" in self.path:
-            return self.listing()
-        if type(self).failing > 0:
-            type(self).failing -= 1
-            return self.say(503, b"")
-        return self.answer(body=True)
+        self.answer(body=True)
 
     def answer(self, body):
+        type(self).tries += 1
+        if type(self).failing > 0 or self.refusing:
+            type(self).failing -= 1
+            return self.say(self.refusing or 503, b"")
         data = self.files.get(self.path.split("?")[0])
         if data is None:
             return self.say(404, b"")
@@ -71,15 +77,6 @@ class Server(http.server.BaseHTTPRequestHandler):
             data, status = data[first : last + 1], 206
             self.asked[self.path.split("?")[0], first] += 1
         return self.say(status, data, body, **header)
-
-    def listing(self):
-        entries = "".join(
-            f"<Contents><Key>{name.split('/', 2)[2]}</Key><Size>{len(data)}</Size><ETag>&quot;e&quot;</ETag>"
-            "<LastModified>2025-01-01T00:00:00.000Z</LastModified><StorageClass>STANDARD</StorageClass></Contents>"
-            for name, data in sorted(self.files.items())
-        )
-        text = f"<ListBucketResult><Name>b</Name><IsTruncated>false</IsTruncated>{entries}</ListBucketResult>"
-        self.say(200, text.encode(), **{"Content-Type": "application/xml"})
 
     def say(self, status, data, body=True, **header):
         self.send_response(status)
@@ -102,7 +99,9 @@ def server(monkeypatch):
     running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=running.serve_forever, daemon=True)
     thread.start()
-    monkeypatch.setattr(remote, "_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(remote, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(remote, "OUTAGE_SECONDS", 0.2)
+    monkeypatch.setattr(remote, "_given_up", {})
     yield f"http://127.0.0.1:{running.server_port}", handler
     running.shutdown()
     running.server_close()
@@ -147,15 +146,6 @@ def test_shards_over_http_are_those_on_the_disk(server, local):
     check_same(open_source(f"tar:{server[0]}/b/data/train-{{00..01}}.tar"), local)
     signed = ",".join(f"{server[0]}/b/data/train-0{i}.tar?token=a&expires=9" for i in range(2))
     check_same(open_source(f"tar:{signed}"), local)
-
-
-def test_shards_in_a_bucket_are_those_on_the_disk(server, local, monkeypatch):
-    pytest.importorskip("s3fs", reason="needs sslvit[remote]")
-    for name, value in (("AWS_ACCESS_KEY_ID", "a"), ("AWS_SECRET_ACCESS_KEY", "b"), ("AWS_ENDPOINT_URL", server[0])):
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    check_same(open_source("tar:s3://b/data/train-*.tar"), local)
 
 
 def stream(source, cursor=0, count=9, **settings):
@@ -203,19 +193,85 @@ def test_the_index_is_kept_shard_by_shard(memory, monkeypatch):
     assert len(open_source(f"tar:{memory}/*.tar")) == 45 and built[2:] == [[2]]
 
 
-def test_a_network_that_fails_for_a_moment_does_no_harm_and_one_that_stays_away_stops_resumably(server):
+def test_of_all_processes_of_a_machine_one_makes_the_index_and_all_map_it(memory, monkeypatch):
+    """Threads stand for processes: the lock is the file's, not the process's."""
+    built, opened, index = [], [], tar._index
+
+    def slowly(files, shards):
+        built.append(list(shards))
+        time.sleep(0.2)
+        return index(files, shards)
+
+    monkeypatch.setattr(tar, "_index", slowly)
+    ranks = [threading.Thread(target=lambda: opened.append(open_source(f"tar:{memory}/*.tar"))) for _ in range(4)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert sorted(built) == [[0], [1]] and [len(source) for source in opened] == [40] * 4
+    assert all(isinstance(source._members, np.memmap) for source in opened)
+    assert all(
+        isinstance(source._names.data.base, np.memmap) or isinstance(source._names.data, np.memmap) for source in opened
+    )
+
+
+def test_a_network_that_fails_for_a_moment_does_no_harm_and_one_that_stays_away_is_an_outage(server, monkeypatch):
     pytest.importorskip("aiohttp", reason="needs sslvit[remote]")
     address, handler = server
     source = open_source(f"tar:{address}/b/data/train-00.tar")
     fresh = pickle.loads(pickle.dumps(source))
-    handler.failing = 2
+    handler.failing = 3
     assert fresh.read(3) == png(3)
     handler.failing = 10**6
     fresh = pickle.loads(pickle.dumps(source))
-    with pytest.raises(Resumable, match=r"cannot read http.*run the same command again"):
+    with pytest.raises(Outage, match=r"cannot read http.*run the same command again"):
         fresh.read(0)
-    with pytest.raises(Resumable):  # from a loading thread too: never a replaced "bad image"
+    tries = handler.tries
+    with pytest.raises(Outage):  # from a loading thread too: never a replaced "bad image"
         stream(pickle.loads(pickle.dumps(source)), count=1)
+    assert handler.tries <= tries + 4, "what one thread has found out need not be found out by all"
+    monkeypatch.setattr(remote, "_JUST_NOW", 0.0)
+    handler.failing = 3
+    assert fresh.read(0) == png(0)
+
+
+def test_the_pauses_grow_for_minutes(monkeypatch):
+    now, pauses = [0.0], []
+    monkeypatch.setattr(remote.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(remote.time, "sleep", lambda pause: (pauses.append(pause), now.__setitem__(0, now[0] + pause)))
+    monkeypatch.setattr(remote, "_given_up", {})
+
+    def away():
+        raise OSError("no route to host")
+
+    with pytest.raises(Outage, match="no route to host"):
+        remote._persist("s3://b/x.tar", away)
+    assert pauses[:6] == [1, 2, 4, 8, 16, 30] and max(pauses) == 30 and 240 < sum(pauses) <= 300
+
+
+def test_a_shard_is_opened_through_a_moment_without_network_and_after_a_long_one_the_run_can_go_on(server):
+    pytest.importorskip("aiohttp", reason="needs sslvit[remote]")
+    address, handler = server
+    handler.failing = 5
+    assert len(open_source(f"tar:{address}/b/data/train-00.tar")) == 20
+    handler.failing = 10**6
+    with pytest.raises(Outage, match=r"cannot read http.*503"):
+        open_source(f"tar:{address}/b/data/train-01.tar")
+    with pytest.raises(Outage, match=r"cannot read http://127.0.0.1:9/"):  # nobody listens there
+        open_source("tar:http://127.0.0.1:9/x.tar")
+
+
+def test_a_refusal_is_the_users_at_the_start_and_can_be_mended_later(server):
+    pytest.importorskip("aiohttp", reason="needs sslvit[remote]")
+    address, handler = server
+    source = open_source(f"tar:{address}/b/data/train-00.tar")
+    handler.refusing, tries = 403, handler.tries
+    with pytest.raises(InputError, match=r"cannot open http.*403"):
+        open_source(f"tar:{address}/b/data/train-01.tar")
+    with pytest.raises(Resumable, match=r"cannot read http.*any more: 403.*your credentials") as caught:
+        pickle.loads(pickle.dumps(source)).read(0)
+    assert type(caught.value) is Resumable, "to wait does not help"
+    assert handler.tries <= tries + 3  # HEAD, GET, and the read
 
 
 @pytest.mark.parametrize(
@@ -248,3 +304,108 @@ def test_a_server_without_ranges_and_a_missing_package_are_named(server, monkeyp
     monkeypatch.setattr(fsspec.core, "url_to_fs", absent)
     with pytest.raises(InputError, match=r"pip install 'sslvit\[remote\]'"):
         open_source("tar:s3://b/x.tar")
+
+
+# ---- a real object store ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """Two shards in a bucket of moto's S3 server on loopback, which can go away and come back with what it holds."""
+    s3fs = pytest.importorskip("s3fs", reason="needs sslvit[dev]")
+    moto = pytest.importorskip("moto.server", reason="needs sslvit[dev]")
+
+    class Store:
+        port = 0
+
+        def start(self):
+            self.server = moto.ThreadedMotoServer("127.0.0.1", self.port, verbose=False)
+            self.server.start()
+            self.port = self.server.get_host_and_port()[1]
+
+        def stop(self):
+            self.server.stop()
+
+    store = Store()
+    store.start()
+    address = f"http://127.0.0.1:{store.port}"
+    urllib.request.urlopen(urllib.request.Request(f"{address}/moto-api/reset", method="POST")).close()  # of other tests
+    place = {"AWS_ENDPOINT_URL": address, "AWS_DEFAULT_REGION": "us-east-1"}
+    place |= {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_EC2_METADATA_DISABLED": "true"}
+    for name, value in {**place, "AWS_MAX_ATTEMPTS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()  # which knows another test's server
+    system = s3fs.S3FileSystem()
+    system.mkdir("bucket")
+    for i in range(2):
+        system.pipe_file(f"bucket/data/train-{i:02d}.tar", shard(20 * i, 20))
+    for name, value in {"_FIRST_PAUSE": 0.01, "OUTAGE_SECONDS": 0.2, "_JUST_NOW": 0.0, "BLOCK_BYTES": 4096}.items():
+        monkeypatch.setattr(remote, name, value)
+    monkeypatch.setattr(remote, "KEPT_BYTES", 4 * 4096)
+    monkeypatch.setattr(tar, "BLOCK_BYTES", 4096)
+    monkeypatch.setattr(tar, "KEPT_BYTES", 4 * 4096)
+    yield store
+    store.stop()
+    system.invalidate_cache()
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize("pattern", ["train-*.tar", "train-{00..01}.tar", ""])
+def test_shards_in_a_bucket_are_those_on_the_disk(bucket, local, pattern):
+    check_same(open_source(f"tar:s3://bucket/data/{pattern}"), local)
+
+
+def test_order_and_resume_from_a_bucket_are_exact_through_an_outage(bucket):
+    spec = "tar:s3://bucket/data/train-*.tar"
+    ids, _ = stream(open_source(spec), count=8)
+    assert sorted(i for batch in ids for i in batch) == list(range(40)) and ids != [sorted(batch) for batch in ids]
+    loader = Loader(open_source(spec), CROPS, DINO_PHOTOMETRY, 16, 1, 5, seed=3, num_workers=2, cache_bytes=0)
+    batches, seen, after = iter(loader), [], 0
+    with pytest.raises(Outage, match="cannot read s3://bucket/data/train-0"):
+        while True:
+            views, after = next(batches)
+            seen.append(views.sample_ids.tolist())
+            if len(seen) == 2:
+                bucket.stop()
+    assert 2 <= len(seen) < 8 and seen == ids[: len(seen)]
+    with pytest.raises(Outage, match="cannot read s3://bucket"):
+        open_source("tar:s3://bucket/data/train-00.tar")
+    bucket.start()
+    assert stream(open_source(spec), cursor=after, count=8 - len(seen))[0] == ids[len(seen) :]
+
+
+def test_what_a_bucket_refuses_is_the_users(bucket):
+    for spec in ("tar:s3://bucket/data/none.tar", "tar:s3://nowhere/x.tar", "tar:s3://bucket/none-*.tar"):
+        with pytest.raises(InputError, match=r"nothing at s3|no \.tar file at"):
+            open_source(spec)
+
+
+def test_a_run_from_a_bucket_saves_at_an_outage_and_goes_on_to_the_same_bytes(bucket, tmp_path, monkeypatch):
+    """The store goes away during the third step of the first epoch, long before a checkpoint is due."""
+    settings = {
+        **{"data": "tar:s3://bucket/data/train-*.tar", "steps": 8, "batch_size": 5, "num_workers": 0, "device": "cpu"},
+        **{"mae": {"decoder_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2}, "knn": {"every": 0}},
+        **{"precision": "fp32", "checkpoint": {"every": 100}, "crops": {"num_local": 0}},
+        "encoder": {"name": "vit_tiny_patch16_224", "image_size": 16, "patch_size": 8, "depth": 1, "embed_dim": 32}
+        | {"num_heads": 2},
+    }
+    monkeypatch.setattr(formats, "_verify", lambda loaded, folders: {name: [] for name in folders})
+    whole = pretrain(output_dir=tmp_path / "whole", **settings)
+    tick = MetricsLog.tick
+
+    def ticking(self, step, *rest):
+        tick(self, step, *rest)
+        if step == 2:
+            bucket.stop()
+
+    with monkeypatch.context() as breaking:
+        breaking.setattr(MetricsLog, "tick", ticking)
+        with pytest.raises(Outage, match=r"cannot read s3://bucket.*; saved in .*step_000000[2-7]$") as caught:
+            pretrain(output_dir=tmp_path / "cut", **settings)
+    reached = str(caught.value)[-7:]
+    bucket.start()
+    cut = pretrain(output_dir=tmp_path / "cut", **settings)
+    assert f"going on from step {int(reached)}" in (cut / "train.log").read_text()
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        first, second = (run / "checkpoints" / "step_0000008" / name for run in (whole, cut))
+        assert first.read_bytes() == second.read_bytes(), name

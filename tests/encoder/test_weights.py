@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -13,7 +15,8 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from timm.models.vision_transformer import _convert_dinov2
 
-from sslvit.checkpoint import save_checkpoint
+from sslvit.checkpoint import mark_best, save_checkpoint
+from sslvit.encoder import weights
 from sslvit.encoder.architecture import Architecture, infer_architecture
 from sslvit.encoder.config import EncoderConfig
 from sslvit.encoder.layouts import fold_layer_scale, to_hf, to_timm
@@ -356,6 +359,32 @@ def test_runs_open_at_the_newest_the_best_or_a_named_step(teacher: bool, tmp_pat
     assert same(load_encoder(str(tmp_path / "checkpoints" / "step_0000010")).module, modules[10][int(teacher)])
     with pytest.raises(InputError, match=r"no checkpoint 'step_5'; it has step_10, step_20"):
         load_encoder(f"{tmp_path}@step_5")
+
+
+@pytest.mark.parametrize("which", ["", "@best"])
+def test_a_run_that_prunes_what_is_being_read_is_looked_at_again(
+    which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It saves step 20, its best by now, and drops step 10, after that was found and before it is read."""
+    modules = write_run(tmp_path)
+    root = tmp_path / "checkpoints"
+    (root / "step_0000020").rename(tmp_path / "later")
+    read, moved = weights.load_checkpoint, []
+
+    def pruned(path: Path, **options: Any) -> Any:
+        if not moved:
+            moved.append(path)
+            (tmp_path / "later").rename(root / "step_0000020")
+            mark_best(root, 20)
+            shutil.rmtree(root / "step_0000010")
+        return read(path, **options)
+
+    monkeypatch.setattr(weights, "load_checkpoint", pruned)
+    loaded = load_encoder(f"{tmp_path}{which}")
+    assert moved == [root / "step_0000010"] and loaded.step == 20 and same(loaded.module, modules[20][1])
+    shutil.rmtree(root / "step_0000020")
+    with pytest.raises(InputError):
+        load_encoder(f"{tmp_path}{which}")
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,6 +1,8 @@
 """Features against the encoder's own forward pass; the cache; choice of images; label files; the monitor."""
 
 import dataclasses
+import os
+import threading
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from sslvit.encoder.config import Preprocessing
 from sslvit.errors import InputError
 from sslvit.probes import features as module
 from sslvit.probes.augmented import crop_batches, linear_stream, two_views
-from sslvit.probes.features import Examples, Extraction, choose_indices, source_digest
+from sslvit.probes.features import Examples, Extraction, Features, choose_indices, source_digest
 from sslvit.probes.label_file import with_label_file
 from sslvit.probes.linear import input_variants
 from sslvit.probes.monitor import KnnMonitor
@@ -288,3 +290,25 @@ def test_monitor_of_a_diverged_encoder_says_so_and_goes_on():
 
 def test_precision_follows_the_device():
     assert module.default_precision("cpu") in ("bf16", "fp32")
+
+
+def test_two_processes_of_one_number_store_the_same_features(tmp_path, monkeypatch):
+    """As tasks of an array do, each in a container of its own."""
+    both, save, problems = threading.Barrier(2), np.save, []
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    monkeypatch.setattr(np, "save", lambda file, values: ("indices" in file.name and both.wait(5), save(file, values)))
+    raw = Features([np.ones((3, 4), np.float32)], np.ones((3, 4), np.float32), True, np.arange(3))
+
+    def store():
+        try:
+            module._write_entry(tmp_path / "cache" / "entry", raw)
+        except Exception as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=store) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not problems and os.listdir(tmp_path / "cache") == ["entry"]
+    np.testing.assert_array_equal(module._read_entry(tmp_path / "cache" / "entry").blocks[0], raw.blocks[0])

@@ -31,7 +31,7 @@ import sslvit
 
 def pretrain(*, config_file=None, output_dir=None, **keys):
     from sslvit.config import PretrainConfig, load_config
-    from sslvit.errors import InputError, Resumable
+    from sslvit.errors import InputError, Outage, Resumable
     from sslvit.run_folder import RunFolder
 
     config = load_config(PretrainConfig, config_file, keys, default="pretrain/auto")
@@ -48,6 +48,9 @@ def pretrain(*, config_file=None, output_dir=None, **keys):
             raise ZeroDivisionError("seed 1 is a bug")
         if config.seed == 75:
             raise Resumable("disk full")
+        if config.seed == 76 and not (folder.path / "seen").exists():
+            (folder.path / "seen").touch()
+            raise Outage("no network")
         while step < config.steps:
             time.sleep(0.05)
             step += 1
@@ -316,6 +319,12 @@ def test_a_killed_job_is_started_again_while_watched(stand_in, capfd):
     assert [state["state"] for state in submit(status=stand_in)] == ["killed", "done"]
 
 
+def test_a_job_that_meets_an_outage_is_started_again_while_watched(stand_in, capfd):
+    (state,) = submit(pretrain_words(stand_in, 4, "seed=76"), launch="local", wait=True)
+    assert state["state"] == "done" and steps_of(stand_in) == [1, 2, 3, 4]
+    assert "was interrupted; starting again" in capfd.readouterr().out
+
+
 def test_the_same_command_finds_or_resumes_the_job(stand_in, capfd):
     """The job outlives the submitting process; killed with its controller, the same command goes on."""
     (state,) = submit(pretrain_words(stand_in, 200), launch="local")
@@ -577,6 +586,7 @@ def batch(slurm, tmp_path, monkeypatch):
         ("running", True),
         ("requeued", True),
         ("lost", True),
+        ("outage", True),
         ("done", False),
         ("failed", False),
         ("stopped", False),
