@@ -47,8 +47,8 @@ class Alarms:
         self.grace = max(GRACE_STEPS, min(int(GRACE_SHARE * config.steps), MOST_GRACE))
 
     def __call__(self, row: Mapping[str, float], state: dict[str, float]) -> dict[str, str]:
-        """A line of training has a loss; any other is an evaluation's."""
-        if "loss" in row:
+        """A line of training counts the skipped steps; any other is an evaluation's."""
+        if "skipped" in row:
             said = self._count("line", LINES, self._of_line(row, state), row, state)
             _remember_gradient(row, state)
             return said
@@ -63,8 +63,9 @@ class Alarms:
         said = {}
         if kind == "line" and row["step"] < self.grace:
             found = {}
+        unseen = kind == "line" and "loss" not in row  # each of its steps was skipped: nothing else was measured
         for name in [key.partition(":")[2] for key in state if key.startswith(f"{kind}:")]:
-            if name not in found:
+            if name not in found and not (unseen and name != "steps/skipped"):
                 count = state.pop(f"{kind}:{name}")
                 if count < 0 and not any(_group(other) == _group(name) for other in found):
                     said[name] = f"over: no longer so at step {int(row['step'])}"

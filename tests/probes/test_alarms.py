@@ -136,6 +136,22 @@ def test_a_spike_of_the_gradient():
     assert list(heard) == ["gradient/spike"] and "optim.lr" in heard["gradient/spike"]
 
 
+def test_a_line_of_skipped_steps_is_a_line():
+    """It has no loss: it says nothing of an evaluation or of what was not measured, and counts as skipped."""
+    alarms, state = Alarms(config()), {}
+    alarms({"step": 0, **EVALUATED}, state)
+    heard = []
+    uniform = {**HEALTHY, "dino/target_entropy": 0.99, "dino/usage_entropy": 0.99}
+    for step in range(100, 103):
+        heard += alarms({"step": step, **uniform}, state)
+        heard += alarms({"step": step, **EVALUATED, "rankme": 1.1}, state)
+    assert heard == ["features/low_rank", "dino/uniform_targets"]
+    skipped = {"lr": 1e-3, "momentum": 0.996}
+    heard = [alarms({"step": 103 + i, **skipped, "skipped": 5 + i}, state) for i in range(LINES)]
+    assert [list(one) for one in heard] == [[], [], ["steps/skipped"]], "nothing is over"
+    assert "7 of 105 steps" in heard[-1]["steps/skipped"]
+
+
 def test_memory_is_numbers_that_survive_json():
     """What is remembered goes through a checkpoint: cut anywhere, the same is said."""
     rows = [{"step": 100 + i, **HEALTHY, "dino/target_entropy": 0.99, "dino/usage_entropy": 0.99} for i in range(5)]
