@@ -145,11 +145,9 @@ class Pretraining(nn.Module):
                 loss, extra = objective.loss(read, crops["global"], step)
             total = total + objective.config.weight * loss
             logs |= {f"{name}/loss": loss.detach(), **extra}
-        judged = _distilled(wanted) or list(adapted)
-        return total, {
-            **logs,
-            **token_health({p: t for p, t in adapted.items() if p.network == "teacher" or p in judged}),
-        }
+        own = _distilled(wanted) or list(adapted)
+        judged = {p: t for p, t in adapted.items() if p.network == "teacher" or p in own}
+        return total, {**logs, **token_health(judged)}
 
     @property
     def needs_whole_batch(self) -> bool:

@@ -1,4 +1,4 @@
-"""What the objectives read of a step: one pass of each view for KoLeo and health, masks drawn once, as the papers say."""
+"""What is read in a step: one pass of each view for KoLeo and health, and block masks that are drawn once."""
 
 from __future__ import annotations
 
