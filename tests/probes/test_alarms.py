@@ -18,7 +18,7 @@ from sslvit.metrics import MetricsLog
 from sslvit.objectives.pretraining import Pretraining
 from sslvit.objectives.recipe import DataFacts, resolve
 from sslvit.optim import adamw, param_groups
-from sslvit.probes.alarms import EVALUATIONS, LINES, Alarms
+from sslvit.probes.alarms import EVALUATIONS, LINES, Alarms, least_prototypes
 from sslvit.signals import StopFlag
 from sslvit.training import train
 from sslvit.verbs.pretrain import Schedule
@@ -99,6 +99,28 @@ def test_at_the_start_of_a_run_nothing_is_said_of_its_lines():
 def test_few_samples_cannot_use_many_prototypes():
     few = {"dino/target_entropy": 0.01, "dino/usage_entropy": 0.12}
     assert said(few) and not said(few, Alarms(config(batch_size=2)))
+
+
+def test_as_many_prototypes_are_wanted_as_an_eighth_of_the_targets():
+    """Targets come from the teacher's views: one in the joint recipe of a small budget, two with DINO alone."""
+    joint, alone = {"ibot": None, "batch_size": 16}, {"ibot": None, "mae": None, "batch_size": 16}
+    assert config(**joint).dino.num_teacher_views == 1
+    assert least_prototypes(config(**joint), "dino") == 16 / 8
+    assert least_prototypes(config(**joint, accumulate=4), "dino") == 4 / 8
+    assert least_prototypes(config(**alone), "dino") == 32 / 8
+    assert least_prototypes(config(batch_size=1), "ibot") == pytest.approx(2 * 0.5 * 0.3 * 64 / 8)
+    three = {"dino/target_entropy": 0.01, "dino/usage_entropy": 0.158}  # ln 3 / ln 1024
+    assert not said(three, Alarms(config(**joint))) and said(three, Alarms(config(**alone)))
+
+
+@pytest.mark.parametrize("keys", [{"batch_size": 1}, {"batch_size": 8, "accumulate": 8}])
+@pytest.mark.parametrize("entropy", [0.6, 0.01])
+def test_of_one_target_nothing_can_be_said_about_others(keys, entropy):
+    """Its mean is itself, and so is the mean of one class token."""
+    one = {"dino/target_entropy": entropy, "dino/usage_entropy": entropy - 1e-7, "health/token_spread": 0.0}
+    assert said(one, Alarms(config(ibot=None, **keys))) == {}
+    found = said(one, Alarms(config(ibot=None, **(keys | {"accumulate": 1, "batch_size": 4}))))
+    assert found.keys() >= {"tokens/same"} and len(found) == 2
 
 
 def test_one_line_is_no_alarm_and_an_alarm_is_said_once_and_ended():
