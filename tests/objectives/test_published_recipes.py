@@ -91,6 +91,13 @@ def test_learning_rates_follow_the_published_rules():
     assert rate["dinov2_vitl16_short"][0] == pytest.approx(4e-3 * math.sqrt(2048 / 1024))
 
 
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if "mae_vit" not in name or "dino" in name])
+def test_auto_has_the_published_momentum_at_their_batches(name):
+    config = load(name)
+    published, config.optim.momentum = config.optim.momentum, None
+    assert resolve(config, IMAGENET)[0].optim.momentum == pytest.approx(published, abs=5e-5)
+
+
 @pytest.mark.parametrize(
     ("name", "epochs", "warmup", "temperature", "frozen"),
     [
