@@ -188,7 +188,7 @@ class Alarms:
 
     def _of_evaluation(self, row: Mapping[str, float], state: dict[str, float]) -> dict[str, str]:
         """RankMe as it is; spread and k-NN beside those of step 0."""
-        for key in ("feature_std", "knn/top1"):
+        for key in ("feature_std", "knn/top1", "knn/init/top1"):
             if key in row and math.isfinite(row[key]):
                 state.setdefault(f"first:{key}", row[key])
         found = {}
@@ -208,6 +208,12 @@ class Alarms:
             found["knn/fell"] = (
                 f"k-NN has fallen to {top1:.1%} from {state['first:knn/top1']:.1%} at the start: lower optim.lr "
                 f"({self.config.optim.lr:g}), or train longer than {self.steps} steps."
+            )
+        before = state.get("first:knn/init/top1", 0.0)
+        if row["step"] == self.steps and top1 < before:
+            found["knn/below_init"] = (
+                f"k-NN ends at {top1:.1%}, and init had {before:.1%} before it was resized for this run: keep that "
+                f"encoder, lower optim.lr ({self.config.optim.lr:g}), or train longer than {self.steps} steps."
             )
         return found
 

@@ -148,6 +148,17 @@ def test_the_last_evaluation_counts_at_once():
     assert list(alarms({"step": 400, **EVALUATED, "knn/top1": 0.1}, {"first:knn/top1": 0.4})) == ["knn/fell"]
 
 
+def test_a_run_that_ends_below_the_encoder_it_resized():
+    """Above step 0 all the way, but init was better at its own size."""
+    alarms, state = Alarms(config()), {}
+    assert alarms({"step": 0, **EVALUATED, "knn/init/top1": 0.6}, state) == {}
+    assert alarms({"step": 200, **EVALUATED, "knn/top1": 0.5}, state) == {}
+    state = json.loads(json.dumps(state))
+    found = alarms({"step": 400, **EVALUATED, "knn/top1": 0.55}, state)
+    assert list(found) == ["knn/below_init"] and "ends at 55.0%, and init had 60.0%" in found["knn/below_init"]
+    assert alarms({"step": 400, **EVALUATED, "knn/top1": 0.6}, {"first:knn/init/top1": 0.6}) == {}
+
+
 def test_a_spike_of_the_gradient():
     alarms, state = Alarms(config()), {}
     for step in range(100, 120):
