@@ -335,9 +335,10 @@ def _judge_init(
     if (own.size, own.patch_size) == (encoder.size, encoder.patch_size) or own.in_chans != encoder.in_chans:
         return {}
     height, width = own.size
-    size = {"image_size": height, "image_width": None if width == height else width}
-    same = _monitor(config, source, dataclasses.replace(monitor.preprocessing, **size))
-    assert same is not None
+    sized = dataclasses.replace(
+        monitor.preprocessing, image_size=height, image_width=None if width == height else width
+    )
+    same = _required(_monitor(config, source, sized))
     values = same(init.module.to(device), 0)
     init.module.cpu()
     monitor.seconds += same.seconds
