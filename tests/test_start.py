@@ -10,6 +10,7 @@ import torch
 import sslvit
 from sslvit.config import PretrainConfig, load_config, shipped_config_names
 from sslvit.data.loader import Views
+from sslvit.data.sources import open_source
 from sslvit.encoder.config import EncoderConfig, Preprocessing
 from sslvit.encoder.vit import create_encoder, forward_tokens
 from sslvit.encoder.weights import init_encoder, load_encoder
@@ -19,10 +20,12 @@ from sslvit.exports.formats import FORMATS, write_formats
 from sslvit.objectives.config import DinoConfig
 from sslvit.objectives.pretraining import frozen_steps
 from sslvit.objectives.recipe import DataFacts, resolve
+from sslvit.probes.monitor import KnnMonitor
 from sslvit.verbs.pretrain import Schedule, build
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 1, "dynamic_img_size": True}
 HEADS = {"num_prototypes": 16, "head_hidden_dim": 16, "head_bottleneck_dim": 8}
+SMALL = {"name": "vit_tiny_patch16_224", "image_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 1, "num_heads": 1}
 DATA = "scenes:?n=48&size=32"
 RUN = {
     "steps": 4,
@@ -256,9 +259,57 @@ def test_a_run_without_labels_says_that_nobody_watches(tmp_path, capsys) -> None
         data=DATA, init=str(tmp_path / "init"), output_dir=tmp_path / "run", **{**RUN, "steps": 1, "knn": {"every": 1}}
     )
     out = capsys.readouterr().out
-    assert "no labels to watch" in out and "init=" in out and "tensors matched (100.0% of the parameters)" in out
+    assert (
+        "no labels to watch" in out
+        and "labels for 200 images" in out
+        and "init=" in out
+        and "tensors matched (100.0% of the parameters)" in out
+    )
     stated = json.loads((run / "encoder" / "preprocessor_config.json").read_text())
     assert stated["image_mean"] == [0.2] * 3, "the statistics that the weights expect"
+
+
+def test_without_val_data_a_part_of_the_labelled_images_guards(tmp_path, monkeypatch, capsys) -> None:
+    """Held out of the neighbours: no image stands on both sides, and a fall stops the run."""
+    write_vit(tmp_path / "init")
+    monitors, values = [], [0.5, 0.6, 0.47, 0.9, 0.9]
+
+    def measured(self: KnnMonitor, encoder: torch.nn.Module, step: int) -> dict[str, float]:
+        monitors.append(self)
+        return {"knn/top1": values[step], "rankme": 1.0}
+
+    monkeypatch.setattr(KnnMonitor, "__call__", measured)
+    data = "scenes:?n=220&size=32&objects=1&label=shape"
+    keys = {**RUN, "knn": {"every": 1, "num_images": 110}}
+    run = sslvit.pretrain(data=data, init=str(tmp_path / "init"), output_dir=tmp_path / "run", **keys)
+    train, val = ({image.numpy().tobytes() for image in part} for part in (monitors[0].train, monitors[0].val))
+    assert len(monitors[0].train) == len(monitors[0].val) == 110 and not train & val
+    assert [len(labels) for labels in monitors[0].labels["shape"]] == [110, 110]
+    assert kept(run)[-1] == "step_0000001" and "no labels to watch" not in capsys.readouterr().out
+    scratch = sslvit.pretrain(data=data, output_dir=tmp_path / "scratch", **{**keys, "steps": 1, "encoder": SMALL})
+    assert not monitors[-1].labels and kept(scratch)[-1] == "step_0000001", "no guard, nothing held out"
+
+
+@pytest.mark.parametrize("side", [32, 48])
+def test_a_resized_encoder_is_measured_as_it_was_too(side: int, tmp_path: Path) -> None:
+    """Step 0 comes after resizing, so it alone would let a run end below its source."""
+    write_vit(tmp_path / "init")
+    sets = {
+        "data": "scenes:?n=120&size=64&objects=1&label=shape",
+        "val_data": "scenes:?n=60&size=64&objects=1&split=val",
+    }
+    keys = {**RUN, "steps": 1, "knn": {"every": 1, "num_images": 100}, "encoder": {"image_size": side}}
+    run = sslvit.pretrain(**sets, init=str(tmp_path / "init"), output_dir=tmp_path / "run", **keys)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found = [row.get("knn/init/top1") for row in rows if "knn/top1" in row]
+    if side == 32:
+        assert found == [None, None], "step 0 is the encoder as it was"
+        return
+    sources = [open_source(spec) for spec in sets.values()]
+    preprocessing = Preprocessing(32, (0.2,) * 3, (0.3,) * 3)
+    original = load_encoder(str(tmp_path / "init")).module
+    expected = KnnMonitor(*sources, preprocessing, 100, num_workers=0)(original, 0)["knn/top1"]
+    assert found == [expected, None]
 
 
 # ---- distillation ---------------------------------------------------------------------------------------------------

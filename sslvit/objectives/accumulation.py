@@ -22,8 +22,9 @@ from sslvit.objectives.passes import Pass
 
 @dataclass
 class Prepared:
-    """Of one micro-batch: teacher tokens that need not be computed again, and KoLeo's part in it."""
+    """Of one micro-batch: what each objective reads, teacher tokens that need not be computed again, KoLeo's part."""
 
+    wanted: dict[str, list[Pass]] = field(default_factory=dict)
     tokens: dict[Pass, Tokens] = field(default_factory=dict)
     koleo: CachedKoleo | None = None
 

@@ -148,11 +148,8 @@ def runs_of(config: PretrainConfig, size: Size) -> list[Run]:
         seen[visible] = (_student_views(dino, every), False)
     if mae is not None:
         visible = _num_visible(full, mae.mask_ratio)
-        shared = seen.get(visible, (0, False))[0]
+        shared = seen.get(visible, (0, False))[0]  # one group: what MAE reads of a view is computed for all of them
         seen[visible] = (max(shared, min(mae.num_views, every)), True)
-        if shared > mae.num_views:  # views that DINO alone reads stay without the rest of the last block
-            seen[visible] = (mae.num_views, True)
-            runs.append(Run(False, shared - mae.num_views, visible, False))
     runs += [Run(False, number, patches, whole) for patches, (number, whole) in seen.items() if number]
     if dino is not None and local:
         runs.append(Run(False, local, size.patches(_required(config.crops.local_size)), False))

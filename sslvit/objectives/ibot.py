@@ -80,7 +80,13 @@ class Ibot(nn.Module):
         return self._shared or (self.student_head, self.teacher_head)
 
     def masking(self, draw: Draw, view: int, num_patches: int) -> Masking:
-        """Block masks of one view, keyed per sample: a share `mask_prob` of the images is masked."""
+        """Block masks of one view, keyed per sample: a share `mask_prob` of the images is masked.
+
+        DINO's student asks for them, too, and they are drawn image by image: once for each view of a step.
+        """
+        return draw.once("block", view, lambda: self._draw_masks(draw, view, num_patches))
+
+    def _draw_masks(self, draw: Draw, view: int, num_patches: int) -> Masking:
         config = self.config
         masks = []
         for uniform, key in zip(

@@ -34,7 +34,7 @@ def koleo_loss(features: Tensor, eps: float = 1e-8) -> Tensor:
 
 
 class Koleo(nn.Module):
-    """The KoLeo objective on the student passes over global views that another objective already runs."""
+    """The KoLeo objective on the student's passes over global views that DINO or iBOT reads already, one of each."""
 
     def __init__(self, config: KoleoConfig) -> None:
         super().__init__()

@@ -6,6 +6,7 @@ each distinct pass once and packs all passes of one encoder into one stream.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -74,7 +75,7 @@ class Pass:
 class Objective(Protocol):
     """What `Pretraining` asks of an objective, an nn.Module whose `config` has a `weight`.
 
-    KoLeo alone has no passes of its own: it reads the student's global passes that others run.
+    KoLeo alone has no passes of its own: it reads the student's global passes of DINO and iBOT.
     """
 
     config: Any
@@ -111,10 +112,17 @@ class Draw:
     step: int
     sample_ids: Tensor  # (B,) int64
     device: torch.device | str = "cpu"
+    drawn: dict[tuple[str, int], Masking] = field(default_factory=dict, repr=False, compare=False)  # kept by `once`
 
     def noise(self, view: int, num: int, purpose: int = 0) -> Tensor:
         """Uniform (B, num)."""
         return keyed_uniform(self.sample_ids, self.seed, self.step, view, purpose, num=num)
+
+    def once(self, name: str, view: int, draw: Callable[[], Masking]) -> Masking:
+        """`draw()`, a masking called `name`, the first time it is asked for of a view; after that the same again."""
+        if (name, view) not in self.drawn:
+            self.drawn[name, view] = draw()
+        return self.drawn[name, view]
 
     def visible(self, view: int, num_patches: int, num_visible: int) -> Masking:
         """A random subset of the patches (MAE, section 3): argsort of noise, split in kept and removed."""

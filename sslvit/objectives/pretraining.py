@@ -128,7 +128,7 @@ class Pretraining(nn.Module):
             self._running_step = step
         prepared = self._prepared.popleft() if self._prepared else Prepared()
         crops = self._colour(views)
-        wanted = self._wanted(views, step, crops["global"].device)
+        wanted = prepared.wanted or self._wanted(views, step, crops["global"].device)
         tokens = prepared.tokens | self._run([p for p in _all(wanted) if p not in prepared.tokens], wanted, crops)
         adapted = tokens
         if self._distilled:
@@ -145,7 +145,9 @@ class Pretraining(nn.Module):
                 loss, extra = objective.loss(read, crops["global"], step)
             total = total + objective.config.weight * loss
             logs |= {f"{name}/loss": loss.detach(), **extra}
-        return total, {**logs, **token_health(adapted)}
+        own = _distilled(wanted) or list(adapted)
+        judged = {p: t for p, t in adapted.items() if p.network == "teacher" or p in own}
+        return total, {**logs, **token_health(judged)}
 
     @property
     def needs_whole_batch(self) -> bool:
@@ -171,7 +173,7 @@ class Pretraining(nn.Module):
             chunks = partial(_teacher_logits, objective, [(wanted[name], tokens) for wanted, tokens in seen])
             objective.centering.columns = sinkhorn_columns(chunks, objective.temperature(step))
         self._prepared = deque(
-            Prepared({p: t for p, t in tokens.items() if p.network == "teacher"}) for _, tokens in seen
+            Prepared(wanted, {p: t for p, t in tokens.items() if p.network == "teacher"}) for wanted, tokens in seen
         )
         koleo = self._active.get("koleo")
         if isinstance(koleo, Koleo):
@@ -197,7 +199,7 @@ class Pretraining(nn.Module):
         num_patches = self.student.patch_embed.num_patches
         wanted = {name: objective.passes(draw, num_patches) for name, objective in self._active.items()}
         if "koleo" in wanted:
-            wanted["koleo"] = [p for p in _all(wanted) if p.network == "student" and p.crop == "global"]
+            wanted["koleo"] = _distilled(wanted)
         return wanted
 
     def _colour(self, views: Views) -> dict[str, Tensor]:
@@ -302,6 +304,12 @@ class Pretraining(nn.Module):
 def _all(wanted: dict[str, list[Pass]]) -> list[Pass]:
     """Each distinct pass once, in the order of the objectives."""
     return list(dict.fromkeys(p for passes in wanted.values() for p in passes))
+
+
+def _distilled(wanted: dict[str, list[Pass]]) -> list[Pass]:
+    """The student's passes over global views that DINO and iBOT read: one of each view, since masks serve both."""
+    read = [p for name in ("dino", "ibot") for p in wanted.get(name, ()) if p.network == "student"]
+    return list(dict.fromkeys(p for p in read if p.crop == "global"))
 
 
 def _teacher_logits(objective: Dino | Ibot, seen: list[tuple[list[Pass], dict[Pass, Tokens]]]) -> Iterator[Tensor]:

@@ -19,8 +19,12 @@ from sslvit.schedules import momentum_from_half_life
 
 LONG_RUN = 50_000  # steps
 # Images seen. Below it MAE carries and distillation has to be cheap to earn its cost; above it DINO leads on small sets
-# (solo-learn, stable-pretraining). Where exactly the order turns is what benchmarks/equal_minutes.py measures.
+# (solo-learn, stable-pretraining). Where the order turns is a judgement until benchmarks/budgets.py has been run: joint
+# forms and single objectives at several budgets on three sets. benchmarks/equal_minutes.py is one budget on one set.
 SMALL_BUDGET = 1_000_000
+# Images in which half of the teacher is replaced: DINO's .996 at batch 512. Larger batches are published with more: the
+# same .996 at 1024 (DINO's ViT-B, iBOT) is twice as many, and so is DINOv2's .992 at 2048.
+HALF_LIFE, HALF_LIFE_BATCH, MOST_HALF_LIVES = 88_700, 512, 2
 # Steps: lightly-train's least momentum, .99. A teacher that follows in a few steps agrees with the student on nothing:
 # with DINO alone on pretrain/tiny_cpu at a half-life of 3, targets fell on one prototype or became uniform within 60
 # steps, at teacher temperatures .02 and .04 and centre momenta of .9 down to 0; at 69 (centre .5 and .9) neither.
@@ -55,6 +59,7 @@ class DataFacts:
     device: str  # "cpu" | "cuda"
     native_bf16: bool = True  # whether the device computes bf16 itself
     compiles: bool = False  # whether torch.compile works on the device and pays there
+    labelled: bool = False
 
 
 class _Resolver:
@@ -288,12 +293,13 @@ def _resolve_optim(resolver: _Resolver) -> None:
     resolver.fill("knn.max_drop", 1.0, "from random weights k-NN may fall at first")
     alone = config.dino is None and config.ibot is None
     resolver.fill("optim.beta2", 0.95 if alone else 0.999, "MAE alone .95, else .999, as published")
-    half_life = min(88_700, max(LEAST_HALF_LIFE * batch, batch * steps // 20))
+    published = HALF_LIFE * min(MOST_HALF_LIVES, max(1, batch / HALF_LIFE_BATCH))
+    half_life = max(LEAST_HALF_LIFE * batch, min(round(published), batch * steps // 20))
     resolver.fill(
         "optim.momentum",
         round(momentum_from_half_life(half_life, batch), 6),
-        f"half-life of {half_life:,} images: DINO's .996 at 512, at most 1/20 of the run, but at least "
-        f"{LEAST_HALF_LIFE} steps",
+        f"half-life of {half_life:,} images, {half_life / batch:.0f} steps: DINO's .996 at 512 and 1024, DINOv2's .992 "
+        f"at 2048, at most 1/20 of the run, but at least {LEAST_HALF_LIFE} steps",
     )
 
 
@@ -329,17 +335,20 @@ def _resolve_monitor(resolver: _Resolver, facts: DataFacts) -> None:
 
     From arithmetic and not from a clock, so that a resumed run evaluates, and stops by `max_drop`, where the
     uninterrupted one does. A run that continues from `init` takes many images before many evaluations: it stops at a
-    drop of two points, which a thousand images cannot tell from noise.
+    drop of two points, which a thousand images cannot tell from noise. Without a validation set it is judged by a part
+    of its own labelled images (monitor.py).
     """
     config = resolver.config
     knn, steps = config.knn, _required(config.steps)
-    sets = 2 if knn.val or config.val_data else 1
+    given = bool(knn.val or config.val_data)
+    held_out = not given and knn.max_drop not in (None, 1.0) and (facts.labelled or knn.train is not None)
+    sets = 2 if given or held_out else 1
     seen = steps * _required(config.batch_size)
     affordable = MONITOR_SHARE * seen * _worth(config) / sets  # images of each set, over all evaluations
     least, enough, most = MONITORED
     most = max(least, min(most, int(DECODED_SHARE * seen / sets)))
     if knn.train is None:
-        most = min(most, facts.num_images)
+        most = min(most, max(1, facts.num_images // sets) if held_out else facts.num_images)
     enough = most if config.init is not None else min(enough, most)
     if knn.every is None:
         count = max(EVALUATIONS[0], min(EVALUATIONS[1], int(affordable / (knn.num_images or enough))))

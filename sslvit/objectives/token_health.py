@@ -15,7 +15,7 @@ from sslvit.objectives.passes import Pass
 
 @torch.no_grad()
 def token_health(tokens: dict[Pass, Tokens]) -> dict[str, Tensor]:
-    """health/token_spread and, with a teacher, health/teacher_student_cosine, over the global views.
+    """health/token_spread and, with a teacher, health/teacher_student_cosine, over the global views, each read once.
 
     Spread of the teacher's class tokens (the student's without a teacher): 1 when they fill the sphere, 0 when all
     images have the same. Cosine between the student's and the teacher's token of an image, of the same view if the

@@ -175,11 +175,14 @@ def _health(rows: Sequence[Row], key: str, embed_dim: int | None) -> Figure | No
 
 
 def _knn(rows: Sequence[Row], fields: Sequence[str]) -> Figure | None:
+    fields = [key for key in fields if key != "knn/init/top1"]
     ordered = sorted(fields, key=lambda key: (key != "knn/top1", fields.index(key)))
     single = len(fields) == 1
     named = [(key, "top-1" if single else "mean" if key == "knn/top1" else key.split("/")[1]) for key in ordered]
     start = series(rows, "knn/top1")
     levels = [Level(start[1][0], "at step 0")] if start[0] and start[0][0] == 0 and len(start[0]) > 1 else []
+    if before := series(rows, "knn/init/top1")[1]:
+        levels.append(Level(before[0], "init before it was resized"))
     note = "top-1 on clean images, k = 20"
     return _chart("k-NN accuracy", note, rows, named, levels=levels, shares=True, smooth=False)
 

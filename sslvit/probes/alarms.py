@@ -16,7 +16,9 @@ from sslvit.objectives.config import DinoConfig, IbotConfig
 
 UNIFORM, ONE_PROTOTYPE = 0.95, 0.05  # entropies of targets, as shares of ln K
 FEW = 4.0  # prototypes in use, exp of the mean target's entropy, where enough samples come together to use more
-SAME = 0.01  # entropy of the mean target less that of one target, as a share of ln K: what it says about the image
+# Entropy of the mean target less that of one target, as a share of ln K: what it says about the image. Of n targets
+# no more than ln n can be told; an eighth of that is enough.
+SAME = 0.01
 NARROW_TOKENS = 0.02  # spread of class tokens, as a share of the widest
 LOW_RANK, NARROW = 1.5, 0.1  # RankMe; feature spread as a share of that at step 0
 LOSES = 0.02  # of k-NN accuracy, below step 0
@@ -47,8 +49,8 @@ class Alarms:
         self.grace = max(GRACE_STEPS, min(int(GRACE_SHARE * config.steps), MOST_GRACE))
 
     def __call__(self, row: Mapping[str, float], state: dict[str, float]) -> dict[str, str]:
-        """A line of training has a loss; any other is an evaluation's."""
-        if "loss" in row:
+        """A line of training counts the skipped steps; any other is an evaluation's."""
+        if "skipped" in row:
             said = self._count("line", LINES, self._of_line(row, state), row, state)
             _remember_gradient(row, state)
             return said
@@ -63,8 +65,9 @@ class Alarms:
         said = {}
         if kind == "line" and row["step"] < self.grace:
             found = {}
+        unseen = kind == "line" and "loss" not in row  # each of its steps was skipped: nothing else was measured
         for name in [key.partition(":")[2] for key in state if key.startswith(f"{kind}:")]:
-            if name not in found:
+            if name not in found and not (unseen and name != "steps/skipped"):
                 count = state.pop(f"{kind}:{name}")
                 if count < 0 and not any(_group(other) == _group(name) for other in found):
                     said[name] = f"over: no longer so at step {int(row['step'])}"
@@ -107,7 +110,8 @@ class Alarms:
                 f"{name}/uniform_targets": f"{title} has collapsed: the teacher's targets are uniform "
                 f"({target:.1%} of ln K) and {loss}. {self._remedy(name, section, 'uniform')}"
             }
-        if usage < ONE_PROTOTYPE:
+        apart = _told_apart(self.config, name)
+        if usage < ONE_PROTOTYPE and apart > 1:
             return {
                 f"{name}/one_prototype": f"{title} has collapsed: all images fall on one prototype "
                 f"(the mean target has {usage:.1%} of ln K) and its loss goes to 0. "
@@ -119,7 +123,7 @@ class Alarms:
                 f"{name}/few_prototypes": f"{title} is collapsing: the targets use {prototypes:.1f} of "
                 f"{section.num_prototypes} prototypes. {self._remedy(name, section, 'one')}"
             }
-        if usage - target < SAME:
+        if apart > 1 and (usage - target) * log_k < min(SAME * log_k, math.log(apart) / 8):
             return {
                 f"{name}/same_targets": f"{title} learns nothing about the images: the teacher's target is the same "
                 f"for all of them (entropy {target:.1%} of ln K, of the mean target {usage:.1%}). "
@@ -152,7 +156,7 @@ class Alarms:
     def _of_tokens(self, row: Mapping[str, float]) -> dict[str, str]:
         found = {}
         spread, cosine = row.get("health/token_spread"), row.get("health/teacher_student_cosine")
-        if spread is not None and spread < NARROW_TOKENS:
+        if spread is not None and spread < NARROW_TOKENS and _images_together(self.config) > 1:
             found["tokens/same"] = (
                 f"The class token is the same for every image (spread {spread:.2%} of the widest). "
                 f"Add koleo={{}} or mae={{}}, or lower optim.lr ({self.config.optim.lr:g})."
@@ -184,7 +188,7 @@ class Alarms:
 
     def _of_evaluation(self, row: Mapping[str, float], state: dict[str, float]) -> dict[str, str]:
         """RankMe as it is; spread and k-NN beside those of step 0."""
-        for key in ("feature_std", "knn/top1"):
+        for key in ("feature_std", "knn/top1", "knn/init/top1"):
             if key in row and math.isfinite(row[key]):
                 state.setdefault(f"first:{key}", row[key])
         found = {}
@@ -205,20 +209,39 @@ class Alarms:
                 f"k-NN has fallen to {top1:.1%} from {state['first:knn/top1']:.1%} at the start: lower optim.lr "
                 f"({self.config.optim.lr:g}), or train longer than {self.steps} steps."
             )
+        before = state.get("first:knn/init/top1", 0.0)
+        if row["step"] == self.steps and top1 < before:
+            found["knn/below_init"] = (
+                f"k-NN ends at {top1:.1%}, and init had {before:.1%} before it was resized for this run: keep that "
+                f"encoder, lower optim.lr ({self.config.optim.lr:g}), or train longer than {self.steps} steps."
+            )
         return found
 
 
 def least_prototypes(config: PretrainConfig, name: str) -> float:
     """How many prototypes healthy targets of an objective (`dino`, `ibot`) use at least: an eighth of those averaged
-    in a line, at most FEW. A line averages over the class tokens, or masked patches, of one process's micro-batch.
+    in a line, at most FEW. A line averages over the class tokens of the teacher's views, or the masked patches, of one
+    process's micro-batch.
     """
-    shares = distributed.world_size() * config.accumulate
-    num_targets = (config.batch_size or 1) * (config.crops.num_global or 1) / shares
-    if name == "ibot" and config.ibot is not None:
-        rows, columns = (side // (config.encoder.patch_size or 16) for side in config.encoder.size)
-        share = config.ibot.mask_prob * (config.ibot.mask_ratio_min + config.ibot.mask_ratio_max) / 2
-        num_targets *= share * rows * columns
-    return min(FEW, num_targets / 8)
+    every = config.crops.num_global or 1
+    if name == "dino" and config.dino is not None:
+        return min(FEW, _images_together(config) * min(config.dino.num_teacher_views or every, every) / 8)
+    return min(FEW, _told_apart(config, name) / 8)
+
+
+def _told_apart(config: PretrainConfig, name: str) -> float:
+    """How many targets of a line healthy ones differ in: DINO's by image, for views of one image agree; iBOT's all."""
+    images = _images_together(config)
+    if name == "dino" or config.ibot is None:
+        return images
+    rows, columns = (side // (config.encoder.patch_size or 16) for side in config.encoder.size)
+    share = config.ibot.mask_prob * (config.ibot.mask_ratio_min + config.ibot.mask_ratio_max) / 2
+    return images * (config.crops.num_global or 1) * share * rows * columns
+
+
+def _images_together(config: PretrainConfig) -> float:
+    """Images in one process's micro-batch: what the numbers of a line are taken over before they are averaged."""
+    return (config.batch_size or 1) / (distributed.world_size() * config.accumulate)
 
 
 def _group(name: str) -> str:

@@ -24,7 +24,10 @@ CONTROLS = ("random_init", "pixels")
 
 @dataclass
 class KnnMonitorConfig:
-    """k-NN on clean images while pretraining. Without `train` and `val` the labels of `data` and `val_data` serve."""
+    """k-NN on clean images while pretraining. Without `train` and `val` the labels of `data` and `val_data` serve.
+
+    A run that stops when k-NN falls (`max_drop`) holds images of its train set out where no labelled set is given.
+    """
 
     every: int | None = None  # steps; auto: ten times a run, or as often as 3% of its time allows; 0: never
     train: str | None = None  # data specs

@@ -24,13 +24,17 @@ from sslvit.probes.health import feature_std, rankme
 from sslvit.probes.knn import knn
 from sslvit.probes.measure import align_labels, is_known
 
+HELD_OUT = 100  # images at least: of fewer, two points are one or two
+
 
 class KnnMonitor:
     """Call it with an encoder between two steps: {"knn/top1": ..., "rankme": ..., "feature_std": ...}.
 
-    Without a validation set, or without labels in both, only health is measured. precision: None is that of `evaluate`.
-    num_workers: threads that decode, None as many as in pretraining. Making it and calling it are collective; only the
-    main process gets numbers, the others {}. `seconds` is what it has taken so far, decoding included.
+    Without a validation set, or without labels in both, only health is measured. With `hold_out`, a train set that has
+    labels is its own judge where there is no validation set that has some: half of its images, at most `num_images` and
+    chosen by the seed, are held out of the neighbours. precision: None is that of `evaluate`. num_workers: threads that
+    decode, None as many as in pretraining. Making it and calling it are collective; only the main process gets numbers,
+    the others {}. `seconds` is what it has taken so far, decoding included.
     """
 
     def __init__(
@@ -40,6 +44,7 @@ class KnnMonitor:
         preprocessing: Preprocessing,
         num_images: int = 5000,
         *,
+        hold_out: bool = False,
         batch_size: int = 256,
         num_workers: int | None = None,
         precision: str | None = None,
@@ -47,11 +52,17 @@ class KnnMonitor:
     ) -> None:
         began = time.monotonic()
         self.preprocessing, self.batch_size, self.precision = preprocessing, batch_size, precision
-        self.train, train_labels = _decode(train_source, preprocessing, num_images, batch_size, num_workers, seed)
+        kept = choose_indices(len(train_source), num_images, seed)
+        judged = np.zeros(0, np.int64)
+        if val_source is not None and val_source.labels:
+            judged = choose_indices(len(val_source), num_images, seed)
+        elif hold_out and train_source.labels:
+            val_source, (kept, judged) = train_source, _halves(train_source, num_images, seed)
+        self.train, train_labels = _decode(train_source, preprocessing, kept, batch_size, num_workers)
         self.val = self.train[:0]
         self.labels: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # of train and val, numbered alike
-        if val_source is not None and train_labels and val_source.labels:
-            self.val, labels = _decode(val_source, preprocessing, num_images, batch_size, num_workers, seed)
+        if val_source is not None and train_labels and len(judged):
+            self.val, labels = _decode(val_source, preprocessing, judged, batch_size, num_workers)
             for name in [name for name in train_labels if name in labels]:
                 names = [source.class_names.get(name) for source in (val_source, train_source)]
                 self.labels[name] = train_labels[name], align_labels(labels[name], *names)
@@ -98,13 +109,23 @@ def _accuracy(train: np.ndarray, val: np.ndarray, train_labels: np.ndarray, val_
     return float((ranking[:, 0] == val_labels[judged]).mean())
 
 
+def _halves(source: Source, num_images: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two disjoint keyed samples (n,) and (m,) of a source, equally large and at most `num_images` each; the second is
+    empty where it would be too small to judge by.
+    """
+    chosen = choose_indices(len(source), 2 * num_images, seed)
+    if len(chosen) < 2 * HELD_OUT:
+        return choose_indices(len(source), num_images, seed), chosen[:0]
+    mixed = np.random.default_rng([seed, len(chosen), 1]).permutation(chosen)
+    return np.sort(mixed[len(mixed) // 2 :]), np.sort(mixed[: len(mixed) // 2])
+
+
 def _decode(
-    source: Source, preprocessing: Preprocessing, num_images: int, batch_size: int, num_workers: int | None, seed: int
+    source: Source, preprocessing: Preprocessing, indices: np.ndarray, batch_size: int, num_workers: int | None
 ) -> tuple[Tensor, dict[str, np.ndarray]]:
-    """Of at most `num_images` clean images this process's share, uint8 (n, C, H, W), and the labels of all."""
+    """Of the clean images at `indices` this process's share, uint8 (n, C, H, W), and the labels of all."""
     batches = [torch.zeros(0, preprocessing.channels, *preprocessing.size, dtype=torch.uint8)]
     kept = [np.zeros(0, np.int64)]
-    indices = choose_indices(len(source), num_images, seed)
     share = np.array_split(indices, distributed.world_size())[distributed.rank()]
     for images, batch_indices in clean_batches(source, preprocessing, batch_size, num_workers, share):
         batches.append(images)

@@ -10,6 +10,8 @@ import dataclasses
 import math
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ from sslvit.objectives.pretraining import Pretraining, frozen_steps
 from sslvit.objectives.recipe import DataFacts, resolve
 from sslvit.optim import adamw, param_groups
 from sslvit.probes.alarms import Alarms
-from sslvit.probes.monitor import KnnMonitor
+from sslvit.probes.monitor import HELD_OUT, KnnMonitor
 from sslvit.run_folder import RunFolder, default_output_dir
 from sslvit.schedules import cosine, linear_warmup
 from sslvit.signals import StopFlag
@@ -85,6 +87,7 @@ def _run(config: PretrainConfig, folder: RunFolder, device: torch.device) -> Non
     optimizer = adamw(groups, lr=_required(optim.lr), betas=(optim.beta1, _required(optim.beta2)))
     began = time.monotonic()
     monitor = _monitor(resolved, source, preprocessing)
+    before = partial(_judge_init, resolved, init, source, device)
     metrics = _metrics(resolved, folder, loader, module)
     with StopFlag() as stop, memory.kept(device):
         train(
@@ -109,12 +112,12 @@ def _run(config: PretrainConfig, folder: RunFolder, device: torch.device) -> Non
             },
             metrics=metrics,
             stop=stop,
-            periodic=None if monitor is None else lambda step: _judge(monitor, module, step),
+            periodic=None if monitor is None else lambda step: _judge(monitor, module, step, before),
             periodic_every=_required(resolved.knn.every),
             best="knn/top1",
             watch=Alarms(resolved),
             prepare=module.prepare if module.needs_whole_batch else None,
-            max_drop=math.inf if resolved.knn.max_drop in (None, 1.0) else resolved.knn.max_drop,
+            max_drop=_required(resolved.knn.max_drop) if _guarded(resolved) else math.inf,
         )
     if monitor is not None and (share := monitor.seconds / (time.monotonic() - began)) > MOST_MONITORED:
         metrics.say(f"evaluation took {share:.0%} of the time; raise knn.every or lower knn.num_images")
@@ -202,7 +205,8 @@ def measure_facts(source: Source, device: str, channels: int | None, num_probed:
         )
     wanted, native = channels or statistics.mode(counts), distributed.native_bf16(device)
     compiles = distributed.compiles(device)
-    return DataFacts(len(source), int(statistics.median(sides)), wanted, device, native, compiles)
+    side, labelled = int(statistics.median(sides)), bool(source.labels)
+    return DataFacts(len(source), side, wanted, device, native, compiles, labelled)
 
 
 def _preprocessing(
@@ -286,21 +290,59 @@ def _monitor(config: PretrainConfig, source: Source, preprocessing: Preprocessin
     train_source = open_source(config.knn.train) if config.knn.train else source
     val_spec = config.knn.val or config.val_data
     val_source = open_source(val_spec) if val_spec else None
-    if config.init is not None and (val_source is None or not val_source.labels or not train_source.labels):
-        print("no labels to watch: the run cannot notice that init forgets; give val_data, or knn.train and knn.val")
-    return KnnMonitor(
+    monitor = KnnMonitor(
         train_source,
         val_source,
         preprocessing,
         num_images=_required(config.knn.num_images),
+        hold_out=_guarded(config),
         num_workers=config.num_workers,
     )
+    if config.init is not None and _guarded(config) and not monitor.labels and distributed.is_main():
+        print(
+            "no labels to watch: the run cannot notice that init forgets; give val_data, or knn.train and knn.val, or "
+            f"data with labels for {2 * HELD_OUT} images and more"
+        )
+    return monitor
 
 
-def _judge(monitor: KnnMonitor, module: Pretraining, step: int) -> dict[str, float]:
+def _guarded(config: PretrainConfig) -> bool:
+    """Whether the run stops when k-NN falls."""
+    return config.knn.max_drop not in (None, 1.0)
+
+
+def _judge(
+    monitor: KnnMonitor, module: Pretraining, step: int, before: Callable[[KnnMonitor], dict[str, float]]
+) -> dict[str, float]:
+    """Numbers of the encoder at a step; at the first one also of `before`."""
     with distributed.whole(module):
         values = monitor(module.judged, step)
+    if step == 0:
+        values |= before(monitor)
     return {**values, "monitor_s": round(monitor.seconds, 3)}
+
+
+def _judge_init(
+    config: PretrainConfig, init: LoadedEncoder | None, source: Source, device: torch.device, monitor: KnnMonitor
+) -> dict[str, float]:
+    """{"knn/init/top1"}: k-NN of the encoder the run begins with, as it was, on the images of the monitor.
+
+    Where the run sees another size or other patches: resizing costs accuracy, and step 0 comes after it. Else {}.
+    """
+    if init is None or not monitor.labels or not _guarded(config):
+        return {}
+    own, encoder = init.config, config.encoder
+    if (own.size, own.patch_size) == (encoder.size, encoder.patch_size) or own.in_chans != encoder.in_chans:
+        return {}
+    height, width = own.size
+    sized = dataclasses.replace(
+        monitor.preprocessing, image_size=height, image_width=None if width == height else width
+    )
+    same = _required(_monitor(config, source, sized))
+    values = same(init.module.to(device), 0)
+    init.module.cpu()
+    monitor.seconds += same.seconds
+    return {"knn/init/top1": values["knn/top1"]} if "knn/top1" in values else {}
 
 
 def _required(value: Any) -> Any:

@@ -11,8 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from sslvit.config import PretrainConfig
 from sslvit.data.loader import Views
 from sslvit.encoder.config import Preprocessing
+from sslvit.objectives import pretraining
 from sslvit.objectives.config import DinoConfig, IbotConfig, KoleoConfig, MaeConfig
-from sslvit.objectives.cost import SIZES, cost, size_of
+from sslvit.objectives.cost import SIZES, Run, cost, runs_of, size_of
 from sslvit.objectives.pretraining import Pretraining
 from sslvit.objectives.recipe import DataFacts, resolve
 
@@ -26,6 +27,10 @@ CASES = {
         "dino": dataclasses.replace(DINO, num_teacher_views=1, student_visible_ratio=0.25),
         "mae": MAE,
     },
+    "two views, one pass shared": {
+        "dino": dataclasses.replace(DINO, num_teacher_views=2, student_visible_ratio=0.25),
+        "mae": MAE,
+    },
     "dino, ibot, koleo": {"dino": DINO, "ibot": IBOT, "koleo": KoleoConfig()},
     "shared head": {"dino": DINO, "ibot": dataclasses.replace(IBOT, shared_head=True)},
     "second form": {"dino": DINO, "mae": MAE},
@@ -37,7 +42,7 @@ def resolved(name, batch=8, side=96):
     encoder = config.encoder
     encoder.name, encoder.image_size, encoder.patch_size, encoder.depth = "vit_tiny_patch16_224", side, 16, 4
     encoder.class_token = name != "second form"
-    config.crops.num_local = 0 if name in ("mae", "shared pass") else 4
+    config.crops.num_local = 0 if name in ("mae", "shared pass", "two views, one pass shared") else 4
     config.crops.local_size = side // 2
     return resolve(config, DataFacts(10_000, side, 3, "cpu"))[0]
 
@@ -54,6 +59,24 @@ def batch_of(config):
     ids = torch.arange(batch)
     views = (make(crops.num_global, side), make(crops.num_local, crops.local_size))
     return Views(*views, *rows, ids, torch.zeros_like(ids))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_runs_are_those_that_are_made(name, monkeypatch):
+    """Each group of passes as it reaches the encoders: views, patches of each, and whether its last block is whole."""
+    config = resolved(name, batch=2)
+    module, made = Pretraining(config, Preprocessing(96)).train(), []
+    original = pretraining.forward_packed
+
+    def forward_packed(encoder, inputs, **options):
+        for item in inputs:
+            kept = item.images[0, 0].numel() // 16**2 if item.keep is None else item.keep.shape[1]
+            made.append(Run(encoder is module.teacher, len(item.images) // 2, kept, not item.cls_only))
+        return original(encoder, inputs, **options)
+
+    monkeypatch.setattr(pretraining, "forward_packed", forward_packed)
+    module(batch_of(config), 50)
+    assert sorted(made, key=repr) == sorted(runs_of(config, size_of(config)), key=repr)
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -87,6 +87,24 @@ def test_a_run_that_continues_takes_more_images_less_often():
     assert share(going_on, 2)[0] <= MONITOR_SHARE * 1.01
 
 
+def test_what_is_held_out_is_paid_for():
+    """A run that continues without a validation set decodes and encodes two sets of its own labelled images."""
+    sizes = EncoderConfig(name="vit_tiny_patch16_224", image_size=32, patch_size=4, class_token=True, num_registers=4)
+
+    def going_on(labelled, num_images=50_000, **knn):
+        config = PretrainConfig(data="x", steps=2500, batch_size=128, init="encoder", **JOINT)
+        for key, value in knn.items():
+            setattr(config.knn, key, value)
+        return resolve(config, DataFacts(num_images, 32, 3, "cpu", labelled=labelled), sizes)[0]
+
+    config = going_on(True)
+    config.init = None
+    assert share(config, 2)[0] <= MONITOR_SHARE * 1.01 and share(config, 2)[1] <= DECODED_SHARE
+    assert going_on(False).knn.num_images > config.knn.num_images
+    assert going_on(True, max_drop=1.0).knn.num_images == going_on(False).knn.num_images, "no guard"
+    assert going_on(True, num_images=600).knn.num_images == 300 and going_on(True, num_images=1).knn.num_images == 1
+
+
 @pytest.mark.parametrize("name", ["auto", "cifar10_vit_tiny", "scenes", "flickr8k_vit_tiny"])
 def test_the_shipped_small_recipes_keep_to_it(name):
     given = load_config(PretrainConfig, f"pretrain/{name}", {"data": "x", "val_data": "y"})

@@ -162,12 +162,23 @@ def test_no_two_configs_share_a_list():
 
 @pytest.mark.parametrize(
     ("steps", "batch", "half_life"),
-    [(60, 32, 69), (300, 16, 69), (5_000, 64, 250), (300_000, 512, 173), (100_000, 2048, 43)],
+    [
+        (60, 32, 69),
+        (300, 16, 69),
+        (5_000, 64, 250),
+        (300_000, 512, 173),
+        (300_000, 1024, 173),
+        (100_000, 2048, 87),
+        (100_000, 4096, 69),
+        (1_000, 4096, 69),
+    ],
 )
 def test_the_teacher_never_follows_within_a_few_steps(steps, batch, half_life):
-    """Its half-life in steps; only beyond DINO's batches does DINO's own half-life in images say less than 69."""
-    resolved, _ = resolve(PretrainConfig(data="x", steps=steps, batch_size=batch, dino=DinoConfig()), FACTS)
-    assert -1 / math.log2(resolved.optim.momentum) == pytest.approx(half_life, abs=1)
+    """Its half-life in steps, never below 69, as the reason says."""
+    resolved, reasons = resolve(PretrainConfig(data="x", steps=steps, batch_size=batch, dino=DinoConfig()), FACTS)
+    found = -1 / math.log2(resolved.optim.momentum)
+    assert found == pytest.approx(half_life, abs=1) and found > 68.9
+    assert f"{half_life} steps: " in reasons["optim.momentum"] and "at least 69 steps" in reasons["optim.momentum"]
 
 
 @pytest.mark.parametrize(("steps", "momentum"), [(30, 0.0992), (300, 0.7937), (660, 0.9), (100_000, 0.9)])

@@ -9,6 +9,7 @@ import pytest
 from made_run import HOSTILE, encoder_results, lines, predictions, pretraining_rows, result, whole_run, write_run
 
 from sslvit.pages import report_page
+from sslvit.pages.curves import pretraining_figures
 from sslvit.pages.pictures import Picture, Pictures, Strip
 from sslvit.pages.report_page import MAX_BYTES, asked_images, asked_questions, render
 from sslvit.pages.run_record import read_run
@@ -140,6 +141,13 @@ def test_more_rows_than_the_table_holds(tmp_path, monkeypatch):
     (tmp_path / "results.json").write_text(json.dumps(encoder_results()))
     words = Outline(page_of(tmp_path)).words
     assert f"The last {len(encoder_results()) - 3} are only in the file" in words
+
+
+def test_what_init_had_before_it_was_resized_is_a_level():
+    rows = pretraining_rows()
+    rows[0]["knn/init/top1"] = 0.55
+    (figure,) = (one for one in pretraining_figures(rows, {}, 192) if one.title == "k-NN accuracy")
+    assert "init before it was resized" in figure.svg and figure.legend == []
 
 
 def test_hostile_strings_stay_text(tmp_path):

@@ -18,7 +18,7 @@ from sslvit.metrics import MetricsLog
 from sslvit.objectives.pretraining import Pretraining
 from sslvit.objectives.recipe import DataFacts, resolve
 from sslvit.optim import adamw, param_groups
-from sslvit.probes.alarms import EVALUATIONS, LINES, Alarms
+from sslvit.probes.alarms import EVALUATIONS, LINES, Alarms, least_prototypes
 from sslvit.signals import StopFlag
 from sslvit.training import train
 from sslvit.verbs.pretrain import Schedule
@@ -101,6 +101,28 @@ def test_few_samples_cannot_use_many_prototypes():
     assert said(few) and not said(few, Alarms(config(batch_size=2)))
 
 
+def test_as_many_prototypes_are_wanted_as_an_eighth_of_the_targets():
+    """Targets come from the teacher's views: one in the joint recipe of a small budget, two with DINO alone."""
+    joint, alone = {"ibot": None, "batch_size": 16}, {"ibot": None, "mae": None, "batch_size": 16}
+    assert config(**joint).dino.num_teacher_views == 1
+    assert least_prototypes(config(**joint), "dino") == 16 / 8
+    assert least_prototypes(config(**joint, accumulate=4), "dino") == 4 / 8
+    assert least_prototypes(config(**alone), "dino") == 32 / 8
+    assert least_prototypes(config(batch_size=1), "ibot") == pytest.approx(2 * 0.5 * 0.3 * 64 / 8)
+    three = {"dino/target_entropy": 0.01, "dino/usage_entropy": 0.158}  # ln 3 / ln 1024
+    assert not said(three, Alarms(config(**joint))) and said(three, Alarms(config(**alone)))
+
+
+@pytest.mark.parametrize("keys", [{"batch_size": 1}, {"batch_size": 8, "accumulate": 8}])
+@pytest.mark.parametrize("entropy", [0.6, 0.01])
+def test_of_one_target_nothing_can_be_said_about_others(keys, entropy):
+    """Its mean is itself, and so is the mean of one class token."""
+    one = {"dino/target_entropy": entropy, "dino/usage_entropy": entropy - 1e-7, "health/token_spread": 0.0}
+    assert said(one, Alarms(config(ibot=None, **keys))) == {}
+    found = said(one, Alarms(config(ibot=None, **(keys | {"accumulate": 1, "batch_size": 4}))))
+    assert found.keys() >= {"tokens/same"} and len(found) == 2
+
+
 def test_one_line_is_no_alarm_and_an_alarm_is_said_once_and_ended():
     alarms, state = Alarms(config()), {}
     bad = {**HEALTHY, "dino/target_entropy": 0.99, "dino/usage_entropy": 0.99}
@@ -126,6 +148,17 @@ def test_the_last_evaluation_counts_at_once():
     assert list(alarms({"step": 400, **EVALUATED, "knn/top1": 0.1}, {"first:knn/top1": 0.4})) == ["knn/fell"]
 
 
+def test_a_run_that_ends_below_the_encoder_it_resized():
+    """Above step 0 all the way, but init was better at its own size."""
+    alarms, state = Alarms(config()), {}
+    assert alarms({"step": 0, **EVALUATED, "knn/init/top1": 0.6}, state) == {}
+    assert alarms({"step": 200, **EVALUATED, "knn/top1": 0.5}, state) == {}
+    state = json.loads(json.dumps(state))
+    found = alarms({"step": 400, **EVALUATED, "knn/top1": 0.55}, state)
+    assert list(found) == ["knn/below_init"] and "ends at 55.0%, and init had 60.0%" in found["knn/below_init"]
+    assert alarms({"step": 400, **EVALUATED, "knn/top1": 0.6}, {"first:knn/init/top1": 0.6}) == {}
+
+
 def test_a_spike_of_the_gradient():
     alarms, state = Alarms(config()), {}
     for step in range(100, 120):
@@ -134,6 +167,22 @@ def test_a_spike_of_the_gradient():
     for step in range(120, 125):
         heard |= alarms({"step": step, **HEALTHY, "grad_norm": 1000.0 * 10 ** (step - 120)}, state)
     assert list(heard) == ["gradient/spike"] and "optim.lr" in heard["gradient/spike"]
+
+
+def test_a_line_of_skipped_steps_is_a_line():
+    """It has no loss: it says nothing of an evaluation or of what was not measured, and counts as skipped."""
+    alarms, state = Alarms(config()), {}
+    alarms({"step": 0, **EVALUATED}, state)
+    heard = []
+    uniform = {**HEALTHY, "dino/target_entropy": 0.99, "dino/usage_entropy": 0.99}
+    for step in range(100, 103):
+        heard += alarms({"step": step, **uniform}, state)
+        heard += alarms({"step": step, **EVALUATED, "rankme": 1.1}, state)
+    assert heard == ["features/low_rank", "dino/uniform_targets"]
+    skipped = {"lr": 1e-3, "momentum": 0.996}
+    heard = [alarms({"step": 103 + i, **skipped, "skipped": 5 + i}, state) for i in range(LINES)]
+    assert [list(one) for one in heard] == [[], [], ["steps/skipped"]], "nothing is over"
+    assert "7 of 105 steps" in heard[-1]["steps/skipped"]
 
 
 def test_memory_is_numbers_that_survive_json():

@@ -15,7 +15,7 @@ from sslvit.encoder.config import Preprocessing
 from sslvit.errors import InputError
 from sslvit.probes import features as module
 from sslvit.probes.augmented import crop_batches, linear_stream, two_views
-from sslvit.probes.features import Examples, Extraction, Features, choose_indices, source_digest
+from sslvit.probes.features import Examples, Extraction, Features, Subset, choose_indices, source_digest
 from sslvit.probes.label_file import with_label_file
 from sslvit.probes.linear import input_variants
 from sslvit.probes.monitor import KnnMonitor
@@ -267,6 +267,23 @@ def test_monitor_of_several_labels_and_of_none():
     alone = KnnMonitor(open_source(several), None, PREPROCESSING, 8, num_workers=0)
     assert set(alone(encoder(), 0)) == {"rankme", "feature_std"}
     assert len(alone.train) == 8
+
+
+def test_monitor_holds_out_images_of_its_own_where_nobody_else_judges():
+    """Halves that share no image, each at most num_images; too few, or none with labels, judge nothing."""
+    train, val = open_source("scenes:?n=210&size=32&objects=1&label=shape"), open_source(SPEC + "&split=val")
+    for num_images, size in ((5000, 105), (101, 101)):
+        monitor = KnnMonitor(train, None, PREPROCESSING, num_images, hold_out=True, num_workers=0)
+        assert len(monitor.train) == len(monitor.val) == size
+        assert not {x.numpy().tobytes() for x in monitor.train} & {x.numpy().tobytes() for x in monitor.val}
+        assert "knn/top1" in monitor(encoder(), 0)
+    few = KnnMonitor(train, None, PREPROCESSING, 99, hold_out=True, num_workers=0)
+    assert len(few.train) == 99 and not len(few.val) and "knn/top1" not in few(encoder(), 0)
+    given = KnnMonitor(train, val, PREPROCESSING, hold_out=True, num_workers=0)
+    assert (len(given.train), len(given.val)) == (len(train), len(val)), "a validation set with labels comes first"
+    unlabelled = Subset(train, np.arange(210))
+    alone = KnnMonitor(unlabelled, unlabelled, PREPROCESSING, hold_out=True, num_workers=0)
+    assert len(alone.train) == 210 and not alone.labels
 
 
 def test_monitor_matches_classes_by_name_and_leaves_unknown_labels_out(tmp_path):
