@@ -8,6 +8,7 @@ by hand; tests compare it with what small models measure.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -40,9 +41,10 @@ class Size:
     prefix: int
     scaled: bool  # LayerScale
 
-    def patches(self, side: int) -> int:
-        """How many patches a square image of `side` pixels has."""
-        return (side // self.patch) ** 2
+    def patches(self, shape: tuple[int, int]) -> int:
+        """How many patches an image of `shape` (height, width) in pixels has."""
+        height, width = shape
+        return (height // self.patch) * (width // self.patch)
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def cost(config: PretrainConfig) -> Cost | None:
     followed = config.dino is not None or config.ibot is not None
     own = None if config.ibot is not None and config.ibot.shared_head else config.ibot
     head_parameters = sum(_head_parameters(head, size.dim) for head in (config.dino, own) if head is not None)
-    encoder = _encoder_parameters(size, _required(config.encoder.image_size))
+    encoder = _encoder_parameters(size, config.encoder.size)
     decoder, decoder_cast = _decoder_parameters(config, size)
     mask_token = size.dim if config.ibot is not None else 0
     matrices = size.depth * (4 * size.dim**2 + 2 * size.dim * size.hidden) + size.patch**2 * size.channels * size.dim
@@ -107,7 +109,7 @@ def clean_flops(config: PretrainConfig) -> float:
     """FLOPs of encoding one whole image, as an evaluation does, for a config whose `cost` is known."""
     size = size_of(config)
     assert size is not None
-    return _flops(Run(True, 1, size.patches(_required(config.encoder.image_size)), True), size)
+    return _flops(Run(True, 1, size.patches(config.encoder.size), True), size)
 
 
 def size_of(config: PretrainConfig) -> Size | None:
@@ -132,7 +134,7 @@ def size_of(config: PretrainConfig) -> Size | None:
 def runs_of(config: PretrainConfig, size: Size) -> list[Run]:
     """The distinct passes of one step, as the objectives ask for them."""
     every, local = _required(config.crops.num_global), config.crops.num_local or 0
-    full = size.patches(_required(config.encoder.image_size))
+    full = size.patches(config.encoder.size)
     dino, ibot, mae = config.dino, config.ibot, config.mae
     views = every if ibot is not None else min(_required(dino.num_teacher_views), every) if dino is not None else 0
     runs = [Run(True, views, full, ibot is not None)] if views else []
@@ -152,7 +154,7 @@ def runs_of(config: PretrainConfig, size: Size) -> list[Run]:
             runs.append(Run(False, shared - mae.num_views, visible, False))
     runs += [Run(False, number, patches, whole) for patches, (number, whole) in seen.items() if number]
     if dino is not None and local:
-        runs.append(Run(False, local, size.patches(_required(config.crops.local_size)), False))
+        runs.append(Run(False, local, size.patches(config.crops.local_shape), False))
     return runs
 
 
@@ -179,7 +181,7 @@ def _teacher_tokens(config: PretrainConfig) -> int:
 
 def _masked_tokens(config: PretrainConfig, ibot: IbotConfig, size: Size) -> float:
     """Masked patches of one image, on average."""
-    patches = size.patches(_required(config.encoder.image_size)) * _required(config.crops.num_global)
+    patches = size.patches(config.encoder.size) * _required(config.crops.num_global)
     return patches * ibot.mask_prob * (ibot.mask_ratio_min + ibot.mask_ratio_max) / 2
 
 
@@ -192,10 +194,10 @@ def _patch_head(config: PretrainConfig) -> DinoConfig | IbotConfig:
 # ---- parameters -----------------------------------------------------------------------------------------------------
 
 
-def _encoder_parameters(size: Size, side: int) -> int:
+def _encoder_parameters(size: Size, shape: tuple[int, int]) -> int:
     dim, hidden = size.dim, size.hidden
     block = 4 * dim**2 + 4 * dim + 2 * dim * hidden + hidden + dim + 4 * dim + (2 * dim if size.scaled else 0)
-    embed = size.patch**2 * size.channels * dim + dim + size.patches(side) * dim + size.prefix * dim
+    embed = size.patch**2 * size.channels * dim + dim + size.patches(shape) * dim + size.prefix * dim
     return embed + size.depth * block + 2 * dim
 
 
@@ -238,7 +240,7 @@ def _objective_flops(config: PretrainConfig, size: Size) -> float:
         total += _head_flops(_patch_head(config), size.dim) * 4 * _masked_tokens(config, config.ibot, size)
     if config.mae is not None:
         dim, depth = _required(config.mae.decoder_dim), _required(config.mae.decoder_depth)
-        full = size.patches(_required(config.encoder.image_size))
+        full = size.patches(config.encoder.size)
         visible = _num_visible(full, config.mae.mask_ratio)
         length = full + size.prefix
         block = 24 * length * dim**2 + 4 * length**2 * dim
@@ -294,7 +296,7 @@ def _objective_bytes(config: PretrainConfig, size: Size, unit: int) -> float:
         total += tokens_masked * (_head_bytes(_patch_head(config), size.dim, unit) + 8 * prototypes)
     if config.mae is not None:
         dim, depth = _required(config.mae.decoder_dim), _required(config.mae.decoder_depth)
-        full = size.patches(_required(config.encoder.image_size))
+        full = size.patches(config.encoder.size)
         visible, pixels = _num_visible(full, config.mae.mask_ratio), size.patch**2 * size.channels
         length = full + size.prefix
         one = depth * length * _block_bytes(dim, 4 * dim, unit, False, False)
@@ -310,10 +312,9 @@ def _head_bytes(head: DinoConfig | IbotConfig, dim: int, unit: int) -> int:
 
 def _pixels(config: PretrainConfig) -> int:
     """Of all crops of one image, once coloured and once joined for the encoder."""
-    local = config.crops.num_local or 0
-    once = _required(config.crops.num_global) * _required(config.encoder.image_size) ** 2
-    once += local * (_required(config.crops.local_size) ** 2 if local else 0)
-    return 2 * once
+    crops = config.crops
+    once = _required(crops.num_global) * math.prod(config.encoder.size)
+    return 2 * (once + (crops.num_local or 0) * math.prod(crops.local_shape))
 
 
 def _required(value: int | None) -> int:

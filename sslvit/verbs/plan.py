@@ -148,7 +148,9 @@ def _look(spec: str, channels: int | None, device: str) -> tuple[DataFacts, str]
 def describe_plan(plan: Estimate) -> str:
     """The plan in a few lines."""
     config, found, hardware = plan.config, plan.cost, plan.hardware
-    image = f"{config.encoder.name} at {config.encoder.image_size} px, patch {config.encoder.patch_size}"
+    height, width = config.encoder.size
+    sides = f"{height}" if width == height else f"{height} x {width}"
+    image = f"{config.encoder.name} at {sides} px, patch {config.encoder.patch_size}"
     lines = [
         f"# plan: {image}, batch {config.batch_size} x {config.steps:,} steps ({plan.seen})",
         f"#   parameters   {found.encoder / 1e6:,.1f} M encoder, {found.student / 1e6:,.1f} M trained, "

@@ -29,6 +29,7 @@ CASES = {
     "dino, ibot, koleo": {"dino": DINO, "ibot": IBOT, "koleo": KoleoConfig()},
     "shared head": {"dino": DINO, "ibot": dataclasses.replace(IBOT, shared_head=True)},
     "second form": {"dino": DINO, "mae": MAE},
+    "rectangle": {"dino": DINO, "mae": MAE},
 }
 
 
@@ -39,20 +40,22 @@ def resolved(name, batch=8, side=96):
     encoder.class_token = name != "second form"
     config.crops.num_local = 0 if name in ("mae", "shared pass") else 4
     config.crops.local_size = side // 2
+    if name == "rectangle":  # twice as wide as tall, local crops three times
+        encoder.image_width, config.crops.local_width = 2 * side, 3 * side // 2
     return resolve(config, DataFacts(10_000, side, 3, "cpu"))[0]
 
 
 def batch_of(config):
-    batch, crops, side = config.batch_size, config.crops, config.encoder.image_size
+    batch, crops = config.batch_size, config.crops
 
-    def make(count, size):
-        return torch.randint(0, 256, (count, batch, 3, size, size), dtype=torch.uint8)
+    def make(count, shape):
+        return torch.randint(0, 256, (count, batch, 3, *shape), dtype=torch.uint8)
 
     from sslvit.data.photometry import NUM_PARAMETERS
 
     rows = [torch.zeros(count, batch, NUM_PARAMETERS) for count in (crops.num_global, crops.num_local)]
     ids = torch.arange(batch)
-    views = (make(crops.num_global, side), make(crops.num_local, crops.local_size))
+    views = (make(crops.num_global, config.encoder.size), make(crops.num_local, crops.local_shape))
     return Views(*views, *rows, ids, torch.zeros_like(ids))
 
 
@@ -61,7 +64,7 @@ def measured(request):
     """(config, module, bytes that autograd saved, FLOPs) of one forward and backward pass."""
     torch.manual_seed(0)
     config = resolved(request.param)
-    module = Pretraining(config, Preprocessing(config.encoder.image_size)).train()
+    module = Pretraining(config, Preprocessing(config.encoder.image_size, image_width=config.encoder.image_width)).train()
     module._colour_crops = lambda crops, rows: crops.float() / 255  # as many bytes, without the work
     own = {tensor.untyped_storage().data_ptr() for tensor in module.state_dict().values()}
     saved: dict[int, int] = {}
@@ -120,6 +123,13 @@ def test_sizes_are_timm_s(name):
         heads,
         hidden,
     )
+
+
+def test_crops_are_as_wide_as_they_are():
+    """Twice held: as uint8 made float, and joined; of three channels in 4 bytes."""
+    config = resolved("rectangle")
+    pixels = 2 * 96 * 192 + 4 * 48 * 144
+    assert cost(config).crop_bytes_per_image == 2 * 4 * 3 * pixels
 
 
 def test_unknown_encoders_have_no_plan():
