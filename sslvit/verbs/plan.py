@@ -151,10 +151,11 @@ def describe_plan(plan: Estimate) -> str:
     height, width = config.encoder.size
     sides = f"{height}" if width == height else f"{height} x {width}"
     image = f"{config.encoder.name} at {sides} px, patch {config.encoder.patch_size}"
+    distilled = f", {found.frozen / 1e6:,.1f} M distilled" if found.frozen else ""
     lines = [
         f"# plan: {image}, batch {config.batch_size} x {config.steps:,} steps ({plan.seen})",
         f"#   parameters   {found.encoder / 1e6:,.1f} M encoder, {found.student / 1e6:,.1f} M trained, "
-        f"{found.teacher / 1e6:,.1f} M teacher",
+        f"{found.teacher / 1e6:,.1f} M teacher" + distilled,
         f"#   memory       {plan.gib():.1f} GiB a process: {plan.state_gib:.2f} weights, gradients, moments, teacher; "
         f"{plan.activation_gib():.2f} activations of {plan.micro} images ({config.precision}); "
         f"{plan.fixed_gib:.1f} CUDA",
