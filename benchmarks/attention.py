@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 from rounds import Timing, measure
+from stored import store
 from timm.models.vision_transformer import Attention, Block
 from torch import Tensor
 
@@ -178,7 +179,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="two small cases, a second each")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="all rows, in the form of results.json")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="all rows, in the form of results.json; the table beside"
+    )
     parser.add_argument("--output-dir", type=Path, metavar="OUT", default=Path("runs/benchmark-attention"))
     options = parser.parse_args(arguments)
     seconds, cases = (0.5, QUICK) if options.quick else (20.0, CASES)
@@ -187,9 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
         for dtype in TYPES:
             rows += _finished_or_run(Case(name, width, heads, shapes, dtype, options.device), seconds, options)
     print(f"\n{markdown(rows)}")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(options.json, json.dumps(rows, indent=1) + "\n")
+    store(rows, markdown(rows), options.json)
     return 0
 
 

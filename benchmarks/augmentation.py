@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from data import dino_views
 from PIL import Image
+from stored import store
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -43,7 +44,6 @@ from sslvit.encoder.config import IMAGENET_MEAN, IMAGENET_STD
 from sslvit.errors import EXIT_INPUT, InputError
 from sslvit.objectives.pretraining import Pretraining
 from sslvit.probes.rows import describe, row
-from sslvit.run_folder import write_atomically
 
 BATCH_SIZE = 128
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided quantiles of Student's t, by number of seeds
@@ -187,14 +187,23 @@ def main(arguments: list[str] | None = None) -> int:
             seed=options.seeds[0],
         )
     )
-    for arm, values in found.items():
-        print(f"{arm:10} {' '.join(f'{100 * value:.1f}' for value in values)}   mean {100 * np.mean(values):.1f}")
-    told = "one seed" if interval is None else f"95% interval {100 * interval[0]:+.1f} to {100 * interval[1]:+.1f}"
-    print(f"difference {100 * mean:+.1f} points, {told}")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(options.json, json.dumps(rows, indent=1) + "\n")
+    print(f"\n{markdown(rows)}")
+    store(rows, markdown(rows), options.json)
     return 0
+
+
+def markdown(rows: list[dict]) -> str:
+    """k-NN of each arm and seed, and how far the arms are apart."""
+    *measured, apart = rows
+    seeds = list(dict.fromkeys(row["seed"] for row in measured))
+    lines = [f"{apart['data']}; {apart['protocol']}", ""]
+    lines += [f"| k-NN | {' | '.join(f'seed {seed}' for seed in seeds)} | mean |", "|---" * (len(seeds) + 2) + "|"]
+    for arm in ("ours", "reference"):
+        values = [100 * row["value"] for row in measured if row["name"].split("/")[1] == arm]
+        lines.append(f"| {arm} | {' | '.join(f'{value:.1f}' for value in values)} | {np.mean(values):.1f} |")
+    interval = apart["ci95"]
+    told = "one seed" if interval is None else f"95% interval {100 * interval[0]:+.1f} to {100 * interval[1]:+.1f}"
+    return "\n".join([*lines, "", f"Ours minus the reference: {100 * apart['value']:+.1f} points, {told}."])
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -202,7 +211,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="default 1500; 6 with --quick")
     parser.add_argument("--seeds", type=int, nargs="+", help="default 0 1 2; 0 with --quick")
     parser.add_argument("--quick", action="store_true", help="a few steps of a small encoder: a trial")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="all rows, in the form of results.json")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="all rows, in the form of results.json; the table beside"
+    )
     parser.add_argument("--output-dir", type=Path, metavar="OUT", default=Path("runs/benchmark-augmentation"))
     parser.add_argument("--train-dataset", metavar="SPEC", help="default: CIFAR-10 under SSLVIT_DATA")
     parser.add_argument("--val-dataset", metavar="SPEC")

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from stored import store
 
 import sslvit
 from sslvit.errors import EXIT_INPUT, InputError
@@ -99,9 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
         return EXIT_INPUT
     if rows:
         print(f"\n{markdown(rows)}")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(options.json, json.dumps(rows, indent=1) + "\n")
+    store(rows, markdown(rows), options.json)
     return 0
 
 
@@ -111,7 +110,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", help="default 0 1 2; 0 with --quick")
     parser.add_argument("--arms", nargs="+", choices=[*OURS, *LIGHTLY], default=[*OURS, *LIGHTLY])
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes, small probes: a trial")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="all rows, in the form of results.json")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="all rows, in the form of results.json; the table beside"
+    )
     parser.add_argument("--output-dir", type=Path, metavar="OUT", default=Path("runs/benchmark-equal-minutes"))
     parser.add_argument("--train-dataset", metavar="SPEC", help="default: CIFAR-10 under SSLVIT_DATA")
     parser.add_argument("--val-dataset", metavar="SPEC")

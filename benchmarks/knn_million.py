@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from stored import store
 
 from sslvit.probes.knn import NUM_NEIGHBOURS, TEMPERATURE, knn
 from sslvit.probes.rows import describe, row
@@ -155,7 +156,9 @@ def main(arguments: list[str] | None = None) -> int:
     for name, value in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=None, help=f"default: {value}")
     parser.add_argument("--quick", action="store_true", help="50,000 rows and 1000 queries")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="the numbers, in the form of results.json")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="the numbers, in the form of results.json; a table beside"
+    )
     parser.add_argument("--output-dir", type=Path, metavar="OUT", default=Path("runs/benchmark-knn-million"))
     parser.add_argument("--cell", choices=WAYS, help="measure one way in this process")
     options = parser.parse_args(arguments)
@@ -172,12 +175,16 @@ def main(arguments: list[str] | None = None) -> int:
             words += ["--cell", way, "--output-dir", str(options.output_dir)]
             subprocess.run([sys.executable, __file__, *words], check=True)
     rows = results(folder, sizes)
-    for entry in rows:
-        print(f"{entry['name']:28} {entry['value']:10.4f}  {entry['data']}; {entry['protocol']}")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(options.json, json.dumps(rows, indent=1) + "\n")
+    print(f"\n{markdown(rows)}")
+    store(rows, markdown(rows), options.json)
     return 0
+
+
+def markdown(rows: list[dict]) -> str:
+    """A line for each number, under what was measured."""
+    head = f"{rows[0]['data']}; {rows[0]['protocol']}"
+    lines = [f"| {row['name'].removeprefix('knn_million/')} | {row['value']:.4f} |" for row in rows]
+    return "\n".join([head, "", "| way / number | value |", "|---|---|", *lines])
 
 
 if __name__ == "__main__":

@@ -28,11 +28,12 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from stored import store
+
 import sslvit
 from sslvit.config import PretrainConfig, load_config
 from sslvit.errors import InputError
 from sslvit.probes.alarms import LOSES, LOW_RANK, ONE_PROTOTYPE, SAME, UNIFORM, least_prototypes
-from sslvit.run_folder import write_atomically
 
 STEPS, TAIL = 300, 0.1  # the last share of the lines is the end of a run
 SINKHORN = {"centering": "sinkhorn"}
@@ -238,7 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cells", nargs="+", default=["*"], metavar="PATTERN", help="such as 'dino/*' '*/broken_*'")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--quick", action="store_true", help="seven small runs of 60 steps at batch 16, 500 images")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where rows go, after every cell")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where rows go, after every cell; the table beside")
     parser.add_argument("--output-dir", type=Path, metavar="OUT", default=Path("runs/benchmark-no-collapse"))
     options = parser.parse_args(arguments)
     folder = options.output_dir / "quick" if options.quick else options.output_dir
@@ -253,20 +254,23 @@ def main(arguments: list[str] | None = None) -> int:
             print(error, file=sys.stderr)
             return 2
         rows = rows_of(done, options.data, steps)
-        if options.json:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(options.json, json.dumps(rows, indent=1) + "\n")
-    print_table(done, rows)
+        store(rows, markdown(done, rows), options.json)
+    print(f"\n{markdown(done, rows)}")
     return 0
 
 
-def print_table(done: dict[Cell, Outcome], rows: list[dict[str, Any]]) -> None:
-    """A line for each cell, then the counts."""
+def markdown(done: dict[Cell, Outcome], rows: list[dict[str, Any]]) -> str:
+    """The counts, then a line for each cell: its numbers at the end, and what it shows."""
+    counts = [row for row in rows if row["name"].count("/") == 1]
+    lines = ["| count | cells |", "|---|---|"]
+    lines += [f"| {row['name'].removeprefix('no_collapse/')} | {row['value']} |" for row in counts]
+    names = list(dict.fromkeys(name for found in done.values() for name in found.numbers))
+    lines += ["", f"| cell | seed | {' | '.join([*names, 'signs and alarms'])} |", "|---" * (len(names) + 3) + "|"]
     for cell, found in done.items():
-        numbers = "  ".join(f"{name} {value:7.3f}" for name, value in found.numbers.items())
-        print(f"{cell.name:38s} {numbers}  {'; '.join([*found.signs, *found.alarms]) or 'healthy'}")
-    for row in rows[:5]:
-        print(f"{row['name']:38s} {row['value']}")
+        told = [f"{found.numbers[name]:.3f}" if name in found.numbers else "" for name in names]
+        signs = "; ".join([*found.signs, *found.alarms]) or "healthy"
+        lines.append(f"| {cell.name} | {cell.seed} | {' | '.join([*told, signs])} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ __all__ = [
     "broadcast_object",
     "choose_device",
     "compiles",
+    "copied_to",
     "copied_to_main",
     "full",
     "init",
@@ -184,6 +185,13 @@ def compiles(device: torch.device | str) -> bool:
     return bool(compiler) and importlib.util.find_spec("triton") is not None
 
 
+def copied_to(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """`tensor` on `device`. To a GPU it goes from pinned memory, in turn with the kernels, and nobody waits for it."""
+    if torch.device(device).type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def shutdown() -> None:
     """Leaves the process group, if there is one."""
     global _heart
@@ -238,7 +246,7 @@ def all_gather_cat(tensor: Tensor) -> Tensor:
     """(n, ...) on each process -> (sum of n, ...) on every process, in rank order; n may differ. Not differentiable."""
     if world_size() == 1:
         return tensor
-    counts = torch.zeros(world_size(), dtype=torch.int64, device=tensor.device)
+    counts = torch.zeros(world_size(), dtype=torch.int64)  # on the CPU: no GPU waits for it
     counts[rank()] = len(tensor)
     sizes: list[int] = all_reduce_sum_(counts).tolist()
     padded = tensor.new_zeros((max(sizes), *tensor.shape[1:]))

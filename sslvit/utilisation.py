@@ -7,13 +7,14 @@ can do. What is computed twice (gradient checkpointing) and what is no matrix pr
 from __future__ import annotations
 
 import functools
+import re
 import time
 
 import torch
 
 __all__ = ["peak_flops"]
 
-#: Dense bf16 FLOPs a second by the data sheets of NVIDIA, in TFLOP/s; the first name that is part of a device's counts.
+#: Dense bf16 FLOPs a second by NVIDIA's data sheets, in TFLOP/s; the first whose words are in a device's name counts.
 BF16_TFLOPS = {
     "B300": 2250,
     "B200": 2250,
@@ -48,7 +49,7 @@ def peak_flops(device: str, precision: str) -> float:
     """
     if device.startswith("cuda") and precision == "bf16":
         name = torch.cuda.get_device_name(device)
-        known = next((tera for part, tera in BF16_TFLOPS.items() if part in name), None)
+        known = next((tera for words, tera in BF16_TFLOPS.items() if re.search(rf"\b{words}\b", name)), None)
         if known is not None:
             return known * 1e12
     return _measured_flops(torch.device(device), torch.bfloat16 if precision == "bf16" else torch.float32)

@@ -38,7 +38,8 @@ def test_rows_say_which_is_chosen_and_finished_cases_are_kept(script, tmp_path, 
     assert "sdpa is chosen" in rows["attention/cpu/fp32/small/training/chosen/ratio"]["protocol"]
     monkeypatch.setattr(script, "run", lambda *_: pytest.fail("measured again"))
     assert script.main(words) == 0
-    assert "| cpu/bf16/small/training |" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "| cpu/bf16/small/training |" in told and (tmp_path / "rows.md").read_text() in told
 
 
 def test_a_kernel_that_computes_something_else_is_refused(script, monkeypatch):

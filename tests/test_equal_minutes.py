@@ -18,7 +18,7 @@ TRAIN, VAL = "scenes:?n=32&size=32&objects=1&label=shape", "scenes:?n=16&size=32
 @pytest.fixture
 def bench(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    for name in ("equal_minutes", "lightly_arms"):
+    for name in ("equal_minutes", "lightly_arms", "stored"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.delenv("SSLVIT_DATA", raising=False)
     return importlib.import_module("equal_minutes")
@@ -65,7 +65,7 @@ def test_rows_are_named_as_promised(bench, stand_ins, tmp_path, capsys):
     assert all("20 minutes asked, 20.50 taken; bf16; batch 128" in row["protocol"] for row in rows if row["step"])
     shown = capsys.readouterr().out
     assert "| arm | steps | k-NN | linear |" in shown and "(2 seeds)" in shown
-    assert "points from lightly's best" in shown
+    assert "points from lightly's best" in shown and (tmp_path / "rows.md").read_text() in shown
 
 
 def test_it_goes_on_from_finished_cells(bench, stand_ins, tmp_path):

@@ -23,7 +23,9 @@ def script():
     spec = importlib.util.spec_from_file_location("no_collapse", FILE)
     module = importlib.util.module_from_spec(spec)
     sys.modules["no_collapse"] = module
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FILE.parent))
+        spec.loader.exec_module(module)
     return module
 
 
@@ -75,7 +77,7 @@ def test_what_counts_as_collapse(script, changes, signs):
     assert script.outcome(rows(**changes), config).signs == signs
 
 
-def test_rows_are_named_as_promised_and_finished_cells_stay(script, tmp_path, monkeypatch):
+def test_rows_are_named_as_promised_and_finished_cells_stay(script, tmp_path, monkeypatch, capsys):
     ran = []
 
     def pretrain(data, val_data, output_dir, **keys):
@@ -97,6 +99,10 @@ def test_rows_are_named_as_promised_and_finished_cells_stay(script, tmp_path, mo
     assert found["no_collapse/runs"] == 4 and found["no_collapse/collapsed"] == 1, "the one that was stopped"
     assert found["no_collapse/broken"] == 3 and found["no_collapse/alarms_missed"] == 2
     assert found["no_collapse/dino/b16/n500/rankme"] == 20.0
+    table = (tmp_path / "r.md").read_text()
+    assert table in capsys.readouterr().out and "| collapsed | 1 |" in table
+    assert "| dino/b16/n500/broken_temperature | 0 |" in table and "healthy |" in table
+    assert "| ibot/b16/n500 | 0 |" in table and "stopped: not finite |" in table
     assert len(ran) == 7 == len(set(ran))
     first = set(ran)
     script.main(words)

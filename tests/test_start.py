@@ -1,7 +1,9 @@
 """Starting from anything: what `init` gives, heads first, the k-NN guard, distillation. Oracles: timm, plain loops."""
 
+import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -18,9 +20,12 @@ from sslvit.errors import InputError
 from sslvit.exports import reopen, verify
 from sslvit.exports.formats import FORMATS, write_formats
 from sslvit.objectives.config import DinoConfig
+from sslvit.objectives.cost import cost
+from sslvit.objectives.distilled import teacher_as_loaded
 from sslvit.objectives.pretraining import frozen_steps
 from sslvit.objectives.recipe import DataFacts, resolve
 from sslvit.probes.monitor import KnnMonitor
+from sslvit.verbs import pretrain as verb
 from sslvit.verbs.pretrain import Schedule, build
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 1, "dynamic_img_size": True}
@@ -355,6 +360,16 @@ def test_the_distilled_teacher_never_moves_and_is_in_no_checkpoint(tmp_path: Pat
     assert not frozen.training and not any(p.requires_grad for p in frozen.parameters())
     assert module.judged is module.teacher and module.judged.embed_dim == 192  # the student's average is exported
     assert next(module.to(torch.float64)._distilled[0].parameters()).dtype == torch.float64  # it moves along
+
+
+def test_utilisation_counts_the_distilled_teacher(tmp_path: Path, monkeypatch) -> None:
+    module, _ = distilled(tmp_path, dino=HEADS)
+    told, teacher = {}, teacher_as_loaded(module._distilled[0])
+    monkeypatch.setattr(verb, "MetricsLog", lambda path, **facts: told.update(facts))
+    folder, loader = SimpleNamespace(path=tmp_path), SimpleNamespace(advice=None)
+    verb._metrics(module.config, folder, loader, module, teacher)
+    alone = cost(dataclasses.replace(module.config, teacher=None)).flops_per_image
+    assert told["flops_per_image"] == cost(module.config, teacher).flops_per_image != alone
 
 
 @pytest.mark.parametrize(

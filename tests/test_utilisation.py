@@ -34,6 +34,13 @@ def test_known_gpus_have_their_data_sheets_number(monkeypatch, name, tera):
     assert utilisation.peak_flops("cuda:0", "bf16") == tera * 1e12
 
 
+@pytest.mark.parametrize("name", ["NVIDIA RTX A4000", "NVIDIA RTX A3000 Laptop GPU", "NVIDIA A1000", "Quadro GV100"])
+def test_a_longer_number_is_another_device(monkeypatch, name):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(utilisation, "_measured_flops", lambda device, dtype: 1.0)
+    assert utilisation.peak_flops("cuda:0", "bf16") == 1.0, "measured, not A40's or A30's"
+
+
 def test_no_entry_hides_behind_a_shorter_name():
     names = list(utilisation.BF16_TFLOPS)
     for i, name in enumerate(names):

@@ -11,7 +11,17 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-MODULES = ("vs_peers", "rounds", "plain_steps", "step_peers", "training_peers", "probe_peers", "growth", "data")
+MODULES = (
+    "vs_peers",
+    "rounds",
+    "plain_steps",
+    "step_peers",
+    "training_peers",
+    "probe_peers",
+    "growth",
+    "data",
+    "stored",
+)
 lightly = pytest.mark.skipif(importlib.util.find_spec("lightly") is None, reason="lightly is not installed")
 
 
@@ -140,9 +150,20 @@ def test_rows_are_named_as_promised_and_finished_works_are_kept(stand_ins, tmp_p
     first = json.loads((tmp_path / "rows.json").read_text())
     assert {"vs_peers/dino_vits16/official/ratio", "vs_peers/knn/ours/seconds"} <= {row["name"] for row in first}
     assert set(first[0]) == {"name", "value", "ci95", "protocol", "data", "seed", "step"}
+    assert (tmp_path / "rows.md").read_text() in told, "the table stays beside the rows"
     assert script.main(words) == 0 and ran == ["dino_vits16", "knn"]
     assert json.loads((tmp_path / "rows.json").read_text()) == first
     assert script.main([*words, "--minutes", "1"]) == 0 and len(ran) == 4, "other settings are measured anew"
+
+
+def test_the_table_says_whose_step_a_training_peer_makes(bench):
+    script = bench("vs_peers")
+    rows = script.Rows("training", "words")
+    seconds = {"ours": 1.0, "torchvision_v2": 2.5, "official_torchvision_v2": 4.0}
+    rows.timings({name: bench("rounds").Timing((value,), 1) for name, value in seconds.items()})
+    table = script.markdown(rows.rows)
+    assert "| torchvision_v2 (our step, torchvision v2's views) | 2.50 | 2.0 | 3.0 | reached |" in table
+    assert "| official_torchvision_v2 (published fp32 step, torchvision v2's views) | 4.00 | 2.0 | 3.0 | aim" in table
 
 
 def test_lower_is_better_where_it_is(bench):

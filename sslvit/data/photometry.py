@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from sslvit.data.config import PhotometryConfig
+from sslvit.distributed import copied_to
 
 # Columns of a row of photometric parameters.
 BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GRAYSCALE, BLUR, SOLARIZE = range(8)
@@ -115,7 +116,7 @@ def blur(images: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """
     halves = [min(kernel_size(side), 2 * side - 1) // 2 for side in images.shape[-2:]]
     if images.is_cuda:
-        return _blur_by_convolution(images, sigma.to(images.device, non_blocking=True), halves)
+        return _blur_by_convolution(images, copied_to(sigma, images.device), halves)
     return _blur_by_shifts(images, sigma, halves)
 
 
@@ -174,12 +175,12 @@ def apply(images: torch.Tensor, rows: torch.Tensor, mean: Sequence[float], std: 
     centre, scale = _standard(images, mean, std)
     out = torch.empty(images.shape, device=images.device)
     for slab in _slabs(images, rows[:, BLUR]):
-        here, some = slab.to(images.device, non_blocking=True), rows[slab]
+        here, some = copied_to(slab, images.device), rows[slab]
         x = _colour(images.index_select(0, here), maps[slab], offsets[slab])
         if some[-1, BLUR] > 0:
             x = blur(x, some[:, BLUR])
         if some[:, SOLARIZE].any():
-            chosen = (some[:, SOLARIZE] > 0).to(images.device, non_blocking=True)[:, None, None, None]
+            chosen = copied_to(some[:, SOLARIZE] > 0, images.device)[:, None, None, None]
             x = torch.where((x >= SOLARIZE_THRESHOLD) & chosen, 1 - x, x)
         _put(out, here, x.sub_(centre).mul_(scale))
     return out
@@ -208,7 +209,7 @@ def _slabs(images: torch.Tensor, sigma: torch.Tensor) -> list[torch.Tensor]:
 
 def _colour(images: torch.Tensor, maps: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """uint8 (B, C, H, W) through `colour_maps`, clamped to 0..1 float32."""
-    maps, offsets = (m.to(images.device, non_blocking=True) for m in (maps / 255, offsets / 255))
+    maps, offsets = (copied_to(m, images.device) for m in (maps / 255, offsets / 255))
     pixels = images.float().flatten(2)
     shift = offsets @ pixels.mean(-1, keepdim=True)
     return torch.bmm(maps, pixels).add_(shift).clamp_(0, 1).view(images.shape)
@@ -224,4 +225,4 @@ def _standard(images: torch.Tensor, mean: Sequence[float], std: Sequence[float])
     """(mean, 1 / std), both (C, 1, 1) on the images' device."""
     assert images.shape[1] == len(mean) == len(std), (images.shape, mean, std)
     centre, spread = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
-    return centre.to(images.device, non_blocking=True), (1 / spread).to(images.device, non_blocking=True)
+    return copied_to(centre, images.device), copied_to(1 / spread, images.device)

@@ -6,6 +6,11 @@ A stream `(T, D)` holds the tokens of one or several groups of sequences, one af
 Scaled dot-product attention (arXiv:1706.03762, section 3.2.1) is torch's fused kernel, with one exception: in bfloat16
 on a CPU its backward pass is slow, and without AMX its forward pass too; softmax(q k^T) v written out is faster while
 there are not too many scores.
+
+`auto`, which is all that training asks for, means one call for each group, on every device. Kernels that take all
+groups in one call, torch's varlen and xformers' block-diagonal mask, are there for `forward_packed(backend=...)` and
+for benchmarks/attention.py, which times them beside the others: none has been measured to be faster for the two or
+three sizes of crops there are, so no setting of a run chooses them.
 """
 
 from __future__ import annotations

@@ -8,41 +8,17 @@ by hand; tests compare it with what small models measure.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
 from sslvit.config import PretrainConfig
 from sslvit.objectives.config import DinoConfig, IbotConfig
+from sslvit.objectives.distilled import Teacher, teacher_named
+from sslvit.objectives.sizes import SIZES, Size, encoder_parameters
 
-#: timm's names: width, depth, heads, width of the MLP.
-SIZES = {
-    "tiny": (192, 12, 3, 768),
-    "small": (384, 12, 6, 1536),
-    "base": (768, 12, 12, 3072),
-    "large": (1024, 24, 16, 4096),
-    "huge": (1280, 32, 16, 5120),
-    "giant": (1408, 40, 16, 6144),
-    "gigantic": (1664, 48, 16, 8192),
-}
 STATE_BYTES = 16  # fp32 weight, gradient and two moments of AdamW (arXiv:1910.02054, section 3.1)
 SAVED_BYTES = 12  # what a checkpoint holds of a trained parameter: without the gradient
-
-
-@dataclass(frozen=True)
-class Size:
-    """The numbers of an encoder: widths, depth, patch size and prefix tokens (class token and registers)."""
-
-    dim: int
-    depth: int
-    hidden: int
-    patch: int
-    channels: int
-    prefix: int
-    scaled: bool  # LayerScale
-
-    def patches(self, side: int) -> int:
-        """How many patches a square image of `side` pixels has."""
-        return (side // self.patch) ** 2
 
 
 @dataclass(frozen=True)
@@ -62,6 +38,7 @@ class Cost:
     student: int  # parameters that are trained, heads and decoder included
     encoder: int  # parameters of one encoder
     teacher: int  # parameters that follow
+    frozen: int  # parameters of a distilled teacher: on every device whole, in no checkpoint
     cast: int  # parameters of matrices, which bf16 training keeps a copy of
     flops_per_image: float  # forward and backward, of one optimizer step
     activation_bytes_per_image: float  # kept from forward to backward
@@ -77,31 +54,43 @@ class Cost:
 
         The peak is that of a step: a save gathers one tensor at a time, when nothing else is gathered.
         """
-        held = (STATE_BYTES * self.student + 4 * self.teacher) / shards
+        held = (STATE_BYTES * self.student + 4 * self.teacher) / shards + 4 * self.frozen
         gathered = 2 * self.teacher + 2 * (self.student if shards > 1 else self.cast)
         return held + (gathered if bf16 else 2 * gathered if shards > 1 else 0)
 
 
-def cost(config: PretrainConfig) -> Cost | None:
-    """The cost of a resolved config; None when its encoder's sizes are not known here."""
+def cost(config: PretrainConfig, teacher: Teacher | None = None) -> Cost | None:
+    """The cost of a resolved config; None when the sizes of an encoder are not known here.
+
+    `teacher` is the one that is distilled, if it was opened; else its name or folder may tell.
+    """
     size = size_of(config)
-    if size is None:
+    if config.teacher is None:
+        teacher = None
+    elif teacher is None:
+        teacher = teacher_named(config.teacher)
+    if size is None or (config.teacher is not None and teacher is None):
         return None
-    runs = runs_of(config, size)
+    judge = size if teacher is None else teacher.size  # of whose width the heads are
+    runs = runs_of(config, size, judge)
+    adapter = 0 if teacher is None else (size.dim + 1) * judge.dim
     followed = config.dino is not None or config.ibot is not None
     own = None if config.ibot is not None and config.ibot.shared_head else config.ibot
-    head_parameters = sum(_head_parameters(head, size.dim) for head in (config.dino, own) if head is not None)
-    encoder = _encoder_parameters(size, _required(config.encoder.image_size))
+    head_parameters = sum(_head_parameters(head, judge.dim) for head in (config.dino, own) if head is not None)
+    encoder = encoder_parameters(size, config.encoder.size)
     decoder, decoder_cast = _decoder_parameters(config, size)
     mask_token = size.dim if config.ibot is not None else 0
     matrices = size.depth * (4 * size.dim**2 + 2 * size.dim * size.hidden) + size.patch**2 * size.channels * size.dim
     return Cost(
-        student=encoder + head_parameters + decoder + mask_token,
+        student=encoder + head_parameters + decoder + mask_token + adapter,
         encoder=encoder,
         teacher=encoder + head_parameters if followed else 0,
-        cast=matrices + head_parameters + decoder_cast,
-        flops_per_image=sum(_flops(run, size) for run in runs) + _objective_flops(config, size),
-        activation_bytes_per_image=_activations(config, size, runs),
+        frozen=0 if teacher is None else teacher.parameters,
+        cast=matrices + head_parameters + decoder_cast + adapter,
+        flops_per_image=sum(_flops(run, judge if run.teacher else size) for run in runs)
+        + _objective_flops(config, size, judge.dim)
+        + (0 if teacher is None else _adapter_flops(size, judge.dim, runs)),
+        activation_bytes_per_image=_activations(config, size, judge.dim, runs),
         crop_bytes_per_image=4 * size.channels * _pixels(config),
     )
 
@@ -110,7 +99,7 @@ def clean_flops(config: PretrainConfig) -> float:
     """FLOPs of encoding one whole image, as an evaluation does, for a config whose `cost` is known."""
     size = size_of(config)
     assert size is not None
-    return _flops(Run(True, 1, size.patches(_required(config.encoder.image_size)), True), size)
+    return _flops(Run(True, 1, size.patches(config.encoder.size), True), size)
 
 
 def size_of(config: PretrainConfig) -> Size | None:
@@ -132,13 +121,13 @@ def size_of(config: PretrainConfig) -> Size | None:
     )
 
 
-def runs_of(config: PretrainConfig, size: Size) -> list[Run]:
+def runs_of(config: PretrainConfig, size: Size, teacher: Size) -> list[Run]:
     """The distinct passes of one step, as the objectives ask for them."""
     every, local = _required(config.crops.num_global), config.crops.num_local or 0
-    full = size.patches(_required(config.encoder.image_size))
+    full = size.patches(config.encoder.size)
     dino, ibot, mae = config.dino, config.ibot, config.mae
     views = every if ibot is not None else min(_required(dino.num_teacher_views), every) if dino is not None else 0
-    runs = [Run(True, views, full, ibot is not None)] if views else []
+    runs = [Run(True, views, teacher.patches(config.encoder.size), ibot is not None)] if views else []
     seen: dict[int, tuple[int, bool]] = {}  # patches the student sees of a global view -> (views, read in full)
     if ibot is not None:
         seen[full] = (every, True)
@@ -152,7 +141,7 @@ def runs_of(config: PretrainConfig, size: Size) -> list[Run]:
         seen[visible] = (max(shared, min(mae.num_views, every)), True)
     runs += [Run(False, number, patches, whole) for patches, (number, whole) in seen.items() if number]
     if dino is not None and local:
-        runs.append(Run(False, local, size.patches(_required(config.crops.local_size)), False))
+        runs.append(Run(False, local, size.patches(config.crops.local_shape), False))
     return runs
 
 
@@ -179,7 +168,7 @@ def _teacher_tokens(config: PretrainConfig) -> int:
 
 def _masked_tokens(config: PretrainConfig, ibot: IbotConfig, size: Size) -> float:
     """Masked patches of one image, on average."""
-    patches = size.patches(_required(config.encoder.image_size)) * _required(config.crops.num_global)
+    patches = size.patches(config.encoder.size) * _required(config.crops.num_global)
     return patches * ibot.mask_prob * (ibot.mask_ratio_min + ibot.mask_ratio_max) / 2
 
 
@@ -190,13 +179,6 @@ def _patch_head(config: PretrainConfig) -> DinoConfig | IbotConfig:
 
 
 # ---- parameters -----------------------------------------------------------------------------------------------------
-
-
-def _encoder_parameters(size: Size, side: int) -> int:
-    dim, hidden = size.dim, size.hidden
-    block = 4 * dim**2 + 4 * dim + 2 * dim * hidden + hidden + dim + 4 * dim + (2 * dim if size.scaled else 0)
-    embed = size.patch**2 * size.channels * dim + dim + size.patches(side) * dim + size.prefix * dim
-    return embed + size.depth * block + 2 * dim
 
 
 def _head_parameters(head: DinoConfig | IbotConfig, dim: int) -> int:
@@ -230,15 +212,26 @@ def _flops(run: Run, size: Size) -> float:
     return run.views * (blocks + embed if run.teacher else 3 * blocks + 2 * embed)  # no gradient of pixels
 
 
-def _objective_flops(config: PretrainConfig, size: Size) -> float:
+def _adapter_flops(size: Size, dim: int, runs: list[Run]) -> float:
+    """From the student's width to the teacher's, of every token of the student, for those that are compared."""
+    return sum(6 * size.dim * dim * _tokens_out(run, size) for run in runs if not run.teacher)
+
+
+def _tokens_out(run: Run, size: Size) -> int:
+    """Tokens that leave the encoder."""
+    return run.views * (run.patches + size.prefix if run.whole or not size.prefix else 1)
+
+
+def _objective_flops(config: PretrainConfig, size: Size, width: int) -> float:
+    """`width` is that of the tokens that the heads read."""
     total = 0.0
     if config.dino is not None:
-        total += _head_flops(config.dino, size.dim) * (3 * _student_tokens(config) + _teacher_tokens(config))
+        total += _head_flops(config.dino, width) * (3 * _student_tokens(config) + _teacher_tokens(config))
     if config.ibot is not None:
-        total += _head_flops(_patch_head(config), size.dim) * 4 * _masked_tokens(config, config.ibot, size)
+        total += _head_flops(_patch_head(config), width) * 4 * _masked_tokens(config, config.ibot, size)
     if config.mae is not None:
         dim, depth = _required(config.mae.decoder_dim), _required(config.mae.decoder_depth)
-        full = size.patches(_required(config.encoder.image_size))
+        full = size.patches(config.encoder.size)
         visible = _num_visible(full, config.mae.mask_ratio)
         length = full + size.prefix
         block = 24 * length * dim**2 + 4 * length**2 * dim
@@ -255,7 +248,7 @@ def _head_flops(head: DinoConfig | IbotConfig, dim: int) -> int:
 # ---- memory ---------------------------------------------------------------------------------------------------------
 
 
-def _activations(config: PretrainConfig, size: Size, runs: list[Run]) -> float:
+def _activations(config: PretrainConfig, size: Size, width: int, runs: list[Run]) -> float:
     """Bytes that the backward pass waits for, of one image: the inputs of every linear map, norm, GELU and softmax."""
     unit = 2 if config.precision == "bf16" else 4
     packed = sum(not run.teacher for run in runs) > 1
@@ -271,7 +264,9 @@ def _activations(config: PretrainConfig, size: Size, runs: list[Run]) -> float:
             total += tokens * size.dim * (4 + 3 * unit) + run.views * per_block
         total += run.views * run.patches * size.patch**2 * size.channels * unit
         total += (tokens if run.whole else run.views) * size.dim * 4
-    return total + _objective_bytes(config, size, unit)
+        if config.teacher is not None:  # what the adapter reads
+            total += _tokens_out(run, size) * size.dim * unit
+    return total + _objective_bytes(config, size, width, unit)
 
 
 def _block_bytes(dim: int, hidden: int, unit: int, packed: bool, scaled: bool) -> float:
@@ -281,20 +276,21 @@ def _block_bytes(dim: int, hidden: int, unit: int, packed: bool, scaled: bool) -
     return 8 * dim + unit * dim * (6 + packed + 2 * scaled) + 2 * unit * hidden
 
 
-def _objective_bytes(config: PretrainConfig, size: Size, unit: int) -> float:
+def _objective_bytes(config: PretrainConfig, size: Size, width: int, unit: int) -> float:
+    """`width` is that of the tokens that the heads read."""
     total = 0.0
     if config.dino is not None:
         dino, teacher = config.dino, _teacher_tokens(config)
         tokens, prototypes = _student_tokens(config), _required(dino.num_prototypes)
-        total += tokens * _head_bytes(dino, size.dim, unit)
+        total += tokens * _head_bytes(dino, width, unit)
         total += prototypes * ((4 + unit) * tokens + 4 * (teacher + 1))  # products, scaled logits; targets, their sum
     if config.ibot is not None:
         tokens_masked = _masked_tokens(config, config.ibot, size)
         prototypes = _required(config.ibot.num_prototypes)
-        total += tokens_masked * (_head_bytes(_patch_head(config), size.dim, unit) + 8 * prototypes)
+        total += tokens_masked * (_head_bytes(_patch_head(config), width, unit) + 8 * prototypes)
     if config.mae is not None:
         dim, depth = _required(config.mae.decoder_dim), _required(config.mae.decoder_depth)
-        full = size.patches(_required(config.encoder.image_size))
+        full = size.patches(config.encoder.size)
         visible, pixels = _num_visible(full, config.mae.mask_ratio), size.patch**2 * size.channels
         length = full + size.prefix
         one = depth * length * _block_bytes(dim, 4 * dim, unit, False, False)
@@ -310,10 +306,9 @@ def _head_bytes(head: DinoConfig | IbotConfig, dim: int, unit: int) -> int:
 
 def _pixels(config: PretrainConfig) -> int:
     """Of all crops of one image, once coloured and once joined for the encoder."""
-    local = config.crops.num_local or 0
-    once = _required(config.crops.num_global) * _required(config.encoder.image_size) ** 2
-    once += local * (_required(config.crops.local_size) ** 2 if local else 0)
-    return 2 * once
+    crops = config.crops
+    once = _required(crops.num_global) * math.prod(config.encoder.size)
+    return 2 * (once + (crops.num_local or 0) * math.prod(crops.local_shape))
 
 
 def _required(value: int | None) -> int:

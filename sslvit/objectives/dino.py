@@ -75,7 +75,7 @@ def sinkhorn(logits: Tensor, temperature: float, num_iterations: int = 3) -> Ten
     """
     logits = logits.float()
     scores = torch.exp((logits - _global_max(logits)) / temperature)
-    num_samples = distributed.all_reduce_sum_(torch.tensor(float(logits.shape[0]), device=logits.device))
+    num_samples = distributed.all_reduce_sum_(logits.new_full((), float(logits.shape[0])))
     for _ in range(num_iterations):
         columns = distributed.all_reduce_sum_(scores.sum(0))
         scores = scores / columns.clamp_min(1e-30) / logits.shape[1]
@@ -161,7 +161,7 @@ class Centering(nn.Module):
         """DINO, equation 4: c <- m c + (1 - m) mean of the batch; it stays where no rank had a token (B = 0)."""
         if self._sum is None:
             return
-        total = distributed.all_reduce_sum_(torch.cat([self._sum, self._sum.new_tensor([float(self._count)])]))
+        total = distributed.all_reduce_sum_(torch.cat([self._sum, self._sum.new_full((1,), float(self._count))]))
         mean, count = total[:-1] / total[-1].clamp_min(1), total[-1]
         self.center.lerp_(mean, (1 - self.momentum) * (count > 0))
         self.discard()

@@ -96,7 +96,7 @@ class Ibot(nn.Module):
             count = int(ratio * num_patches) if uniform[0] < config.mask_prob else 0
             rng = np.random.Generator(np.random.Philox(key=[int(part * 2**24) for part in key]))
             masks.append(block_mask(rng, self.grid, count).reshape(-1))
-        return Masking("block", mask=torch.from_numpy(np.stack(masks)).to(draw.device))
+        return Masking.replacing("block", torch.from_numpy(np.stack(masks)), draw.device)
 
     def passes(self, draw: Draw, num_patches: int) -> list[Pass]:
         """Teacher on full global views, student on masked ones."""
@@ -116,18 +116,19 @@ class Ibot(nn.Module):
         """Cosines (M, K) of the teacher's tokens where the student's patches are masked."""
         teacher = {p.index: p for p in passes if p.network == "teacher"}
         student = [p for p in passes if p.network == "student"]
-        return self.heads[1](torch.cat([tokens[teacher[p.index]].patches[_present(p.masking.mask)] for p in student]))
+        return self.heads[1](torch.cat([tokens[teacher[p.index]].patches[_places(p)] for p in student]))
 
     def loss(self, tokens: dict[Pass, Tokens], images: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy per image averaged over its masked patches, then over images (unmasked ones count 0)."""
         student = [p for p in tokens if p.network == "student"]
         masks = torch.stack([_present(p.masking.mask) for p in student])  # (G, B, N)
-        picked = torch.cat([tokens[p].patches[mask] for p, mask in zip(student, masks, strict=True)])
+        picked = torch.cat([tokens[p].patches[_places(p)] for p in student])
         with torch.no_grad():
             targets = self.centering.targets(self.teacher_logits(list(tokens), tokens), self.temperature(step))
         logits = self.heads[0](picked).float() / self.config.student_temperature
         losses = logits.logsumexp(-1) - (targets * logits).sum(-1)
-        per_patch = (1 / masks.sum(-1, keepdim=True).clamp_min(1)).expand(masks.shape)[masks]
+        shares = (1 / masks.sum(-1, keepdim=True).clamp_min(1)).expand(masks.shape)
+        per_patch = torch.cat([share[_places(p)] for p, share in zip(student, shares, strict=True)])
         per_patch = per_patch / (masks.shape[0] * masks.shape[1])
         loss = (losses * per_patch).sum()
         return loss, target_health("ibot", targets, loss, per_patch)
@@ -147,3 +148,9 @@ class Ibot(nn.Module):
 def _present(tensor: Tensor | None) -> Tensor:
     assert tensor is not None
     return tensor
+
+
+def _places(student: Pass) -> tuple[Tensor, Tensor]:
+    """Where its patches are masked: indexing by the mask itself would make a GPU tell the host how many there are."""
+    assert student.masking.places is not None
+    return student.masking.places

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sslvit.distributed import copied_to
 from sslvit.encoder.vit import Tokens
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
@@ -57,6 +58,13 @@ class Masking:
     keep: Tensor | None = field(default=None, compare=False, hash=False)  # (B, V) indices of visible patches
     removed: Tensor | None = field(default=None, compare=False, hash=False)  # (B, M) the others
     mask: Tensor | None = field(default=None, compare=False, hash=False)  # (B, N) True = replaced by the mask token
+    places: tuple[Tensor, Tensor] | None = field(default=None, compare=False, hash=False)  # images, patches: (M,) each
+
+    @classmethod
+    def replacing(cls, name: str, mask: Tensor, device: torch.device | str = "cpu") -> Masking:
+        """Mask tokens where `mask` (B, N), on the CPU, is True. Found there, its places need no look at a GPU."""
+        images, patches = mask.nonzero(as_tuple=True)
+        return cls(name, mask=copied_to(mask, device), places=(copied_to(images, device), copied_to(patches, device)))
 
 
 FULL = Masking("full")
@@ -126,7 +134,7 @@ class Draw:
 
     def visible(self, view: int, num_patches: int, num_visible: int) -> Masking:
         """A random subset of the patches (MAE, section 3): argsort of noise, split in kept and removed."""
-        order = self.noise(view, num_patches).argsort(dim=1, stable=True).to(self.device)
+        order = copied_to(self.noise(view, num_patches).argsort(dim=1, stable=True), self.device)
         return Masking(f"visible:{num_visible}", keep=order[:, :num_visible], removed=order[:, num_visible:])
 
 

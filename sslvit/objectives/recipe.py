@@ -15,6 +15,7 @@ from sslvit.data.config import DINO_PHOTOMETRY, NO_PHOTOMETRY, PhotometryConfig
 from sslvit.encoder.config import EncoderConfig
 from sslvit.errors import InputError
 from sslvit.objectives.cost import clean_flops, cost
+from sslvit.objectives.distilled import Teacher
 from sslvit.schedules import momentum_from_half_life
 
 LONG_RUN = 50_000  # steps
@@ -81,11 +82,11 @@ class _Resolver:
 
 
 def resolve(
-    config: PretrainConfig, facts: DataFacts, init: EncoderConfig | None = None
+    config: PretrainConfig, facts: DataFacts, init: EncoderConfig | None = None, teacher: Teacher | None = None
 ) -> tuple[PretrainConfig, dict[str, str]]:
     """The config with no `None` left where a number is needed, and for each filled key its value and reason.
 
-    `init` is what the encoder named by `config.init` is.
+    `init` is what the encoder named by `config.init` is, `teacher` how large the one named by `config.teacher`.
     """
     config = copy.deepcopy(config)
     if not any((config.dino, config.ibot, config.mae)):
@@ -102,7 +103,7 @@ def resolve(
     _resolve_optim(resolver)
     _resolve_objectives(resolver, facts)
     _check(config)
-    _resolve_monitor(resolver, facts)
+    _resolve_monitor(resolver, facts, teacher)
     return config, resolver.reasons
 
 
@@ -330,7 +331,7 @@ def _resolve_objectives(resolver: _Resolver, facts: DataFacts) -> None:
         resolver.fill("mae.decoder_num_heads", heads, "32 channels a head")
 
 
-def _resolve_monitor(resolver: _Resolver, facts: DataFacts) -> None:
+def _resolve_monitor(resolver: _Resolver, facts: DataFacts, teacher: Teacher | None) -> None:
     """As many evaluations of as many images as the monitor's share of the run pays for.
 
     From arithmetic and not from a clock, so that a resumed run evaluates, and stops by `max_drop`, where the
@@ -344,7 +345,7 @@ def _resolve_monitor(resolver: _Resolver, facts: DataFacts) -> None:
     held_out = not given and knn.max_drop not in (None, 1.0) and (facts.labelled or knn.train is not None)
     sets = 2 if given or held_out else 1
     seen = steps * _required(config.batch_size)
-    affordable = MONITOR_SHARE * seen * _worth(config) / sets  # images of each set, over all evaluations
+    affordable = MONITOR_SHARE * seen * _worth(config, teacher) / sets  # images of each set, over all evaluations
     least, enough, most = MONITORED
     most = max(least, min(most, int(DECODED_SHARE * seen / sets)))
     if knn.train is None:
@@ -360,11 +361,14 @@ def _resolve_monitor(resolver: _Resolver, facts: DataFacts) -> None:
     resolver.fill("knn.every", max(EVALUATE_EVERY, math.ceil(steps / (count - 1))), f"{count} a run: {why}")
 
 
-def _worth(config: PretrainConfig) -> float:
-    """How many clean images are encoded for the FLOPs of training on one."""
+def _worth(config: PretrainConfig, teacher: Teacher | None) -> float:
+    """How many clean images are encoded for the FLOPs of training on one, without a teacher of unknown size."""
     own = copy.copy(config)
     own.init = None  # its sizes were filled in
-    trained = cost(own)
+    trained = cost(own, teacher)
+    if trained is None and own.teacher is not None:
+        own.teacher = None
+        trained = cost(own)
     return 3.0 if trained is None else trained.flops_per_image / clean_flops(own)
 
 

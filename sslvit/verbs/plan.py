@@ -148,11 +148,14 @@ def _look(spec: str, channels: int | None, device: str) -> tuple[DataFacts, str]
 def describe_plan(plan: Estimate) -> str:
     """The plan in a few lines."""
     config, found, hardware = plan.config, plan.cost, plan.hardware
-    image = f"{config.encoder.name} at {config.encoder.image_size} px, patch {config.encoder.patch_size}"
+    height, width = config.encoder.size
+    sides = f"{height}" if width == height else f"{height} x {width}"
+    image = f"{config.encoder.name} at {sides} px, patch {config.encoder.patch_size}"
+    distilled = f", {found.frozen / 1e6:,.1f} M distilled" if found.frozen else ""
     lines = [
         f"# plan: {image}, batch {config.batch_size} x {config.steps:,} steps ({plan.seen})",
         f"#   parameters   {found.encoder / 1e6:,.1f} M encoder, {found.student / 1e6:,.1f} M trained, "
-        f"{found.teacher / 1e6:,.1f} M teacher",
+        f"{found.teacher / 1e6:,.1f} M teacher" + distilled,
         f"#   memory       {plan.gib():.1f} GiB a process: {plan.state_gib:.2f} weights, gradients, moments, teacher; "
         f"{plan.activation_gib():.2f} activations of {plan.micro} images ({config.precision}); "
         f"{plan.fixed_gib:.1f} CUDA",

@@ -29,6 +29,7 @@ from sslvit.errors import InputError
 from sslvit.exports.run_encoders import write_run_encoders
 from sslvit.metrics import MetricsLog
 from sslvit.objectives.cost import cost
+from sslvit.objectives.distilled import Teacher, teacher_as_loaded
 from sslvit.objectives.explain import explain as explain_recipe
 from sslvit.objectives.pretraining import Pretraining, frozen_steps
 from sslvit.objectives.recipe import DataFacts, resolve
@@ -74,7 +75,8 @@ def _run(config: PretrainConfig, folder: RunFolder, device: torch.device) -> Non
     facts = measure_facts(source, device.type, config.encoder.in_chans)
     init = load_encoder(config.init) if config.init else None
     teacher = load_encoder(config.teacher) if config.teacher else None
-    resolved, reasons = resolve(_as_begun(config, folder), facts, None if init is None else init.config)
+    size = None if teacher is None else teacher_as_loaded(teacher.module)
+    resolved, reasons = resolve(_as_begun(config, folder), facts, None if init is None else init.config, size)
     check_config(resolved)
     folder.write_resolved(resolved, reasons)
     preprocessing = _preprocessing(resolved, source, folder, teacher or init)
@@ -88,7 +90,7 @@ def _run(config: PretrainConfig, folder: RunFolder, device: torch.device) -> Non
     began = time.monotonic()
     monitor = _monitor(resolved, source, preprocessing)
     before = partial(_judge_init, resolved, init, source, device)
-    metrics = _metrics(resolved, folder, loader, module)
+    metrics = _metrics(resolved, folder, loader, module, size)
     with StopFlag() as stop, memory.kept(device):
         train(
             module,
@@ -132,7 +134,8 @@ def _explained(config: PretrainConfig) -> list[str]:
     device = distributed.choose_device(config.device)
     facts = measure_facts(open_source(str(config.data)), device.type, config.encoder.in_chans)
     init = load_encoder(config.init).config if config.init else None
-    resolved, reasons = resolve(config, facts, init)
+    teacher = teacher_as_loaded(load_encoder(config.teacher).module) if config.teacher else None
+    resolved, reasons = resolve(config, facts, init, teacher)
     check_config(resolved)
     return explain_recipe(config, resolved, reasons)
 
@@ -271,10 +274,12 @@ def _loader(
     )
 
 
-def _metrics(config: PretrainConfig, folder: RunFolder, loader: Loader, module: Pretraining) -> MetricsLog:
+def _metrics(
+    config: PretrainConfig, folder: RunFolder, loader: Loader, module: Pretraining, teacher: Teacher | None
+) -> MetricsLog:
     """The run's log; its utilisation counts the FLOPs of the encoder as it is, also where it came from `init`."""
     sizes = dataclasses.replace(config.encoder, embed_dim=module.student.embed_dim, depth=len(module.student.blocks))
-    found = cost(dataclasses.replace(config, init=None, encoder=sizes))
+    found = cost(dataclasses.replace(config, init=None, encoder=sizes), teacher)
     return MetricsLog(
         folder.path,
         flops_per_image=None if found is None else found.flops_per_image,

@@ -268,7 +268,7 @@ def check_plans(plans: Sequence[Plan], settings: LaunchConfig, show: bool = Fals
             continue
         found = estimate(command.arguments, hardware_of(settings))
         if show:
-            print(describe_plan(found) if found else "# no plan: this encoder's sizes are known when it is built")
+            print(describe_plan(found) if found else "# no plan: an encoder's sizes are known when it is opened")
         if found:
             refuse_what_cannot_fit(found)
 

@@ -203,7 +203,7 @@ def test_ibot_loss():
     ibot.centering.center.copy_(torch.tensor(center))
     tokens = {}
     for view in range(2):
-        masking = Masking("block", mask=torch.tensor(masks[view], dtype=torch.bool))
+        masking = Masking.replacing("block", torch.tensor(masks[view], dtype=torch.bool))
         for network, rows, how in (("teacher", teacher, Masking("full")), ("student", student, masking)):
             patches = torch.tensor(rows[view])
             tokens[Pass(network, "global", view, how)] = Tokens(patches[:, :1], patches, True, True)

@@ -13,7 +13,8 @@ SIZES = {"rows": 3000, "dim": 24, "queries": 60}
 @pytest.fixture
 def script(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    monkeypatch.delitem(sys.modules, "knn_million", raising=False)
+    for name in ("knn_million", "stored"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     import knn_million
 
     monkeypatch.setattr(knn_million, "CHECKED", 20)
@@ -39,7 +40,9 @@ def test_three_ways_agree_and_finished_cells_are_kept(script, tmp_path, monkeypa
     assert rows["knn_million/torch/agrees"]["value"] > 0.95
     assert 0.05 < rows["knn_million/ours/top1"]["value"] < 1
     assert rows["knn_million/torch/ratio"]["value"] > 0 and rows["knn_million/torch/cpu_ratio"]["value"] > 0
-    assert "3000 x 24 features, 60 queries" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "3000 x 24 features, 60 queries" in told and (tmp_path / "rows.md").read_text() in told
+    assert "| ours/exact | 1.0000 |" in told
 
 
 def test_a_wrong_answer_would_be_seen(script, tmp_path, monkeypatch):

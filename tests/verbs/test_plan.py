@@ -54,6 +54,14 @@ def test_state_is_sixteen_bytes_a_parameter_and_four_of_the_teacher():
     assert found.cost.state_bytes(bf16=True, shards=8) < found.cost.state_bytes(bf16=True) / 2
 
 
+def test_a_distilled_teacher_is_in_memory_and_in_the_arithmetic():
+    alone, found = plan("batch_size=64"), plan("batch_size=64", "teacher=vit_large_patch16_224")
+    assert found.state_gib * GIB > alone.state_gib * GIB + 4 * found.cost.frozen > 1.2e9
+    assert found.flops > 1.5 * alone.flops
+    assert ", 303.3 M distilled" in describe_plan(found) and "distilled" not in describe_plan(alone)
+    assert plan("batch_size=64", "teacher=/no/such/encoder") is None
+
+
 @pytest.mark.parametrize(
     ("text", "name"),
     [
