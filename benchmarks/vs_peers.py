@@ -10,7 +10,7 @@ one process, gated by a matrix product (rounds.py).
 
 Works: the steps dino_vits16, dino_vitti8, mae_vits16, joint_vits16 (DINO and MAE together beside DINO alone); features;
 views_geometry and views_full (one core, decoding included); training (from a folder of JPEG files); knn; probe (52
-heads); help; growth; and on a GPU gpu_training_vits16 (the same from JPEG files) and gpu_step_vitb16 (utilisation of
+heads, ten classes) and probe_100_classes; help; growth; and on a GPU gpu_training_vits16 (the same from JPEG files) and gpu_step_vitb16 (utilisation of
 the step alone, memory), which say `skipped` without one.
 
 `training` has two peers on the views of torchvision v2: `torchvision_v2` trains with our step, so that its ratio is
@@ -425,15 +425,18 @@ def neighbours(name: str, context: Context) -> Found:
 
 
 def heads(name: str, context: Context) -> Found:
-    """52 linear heads at once beside one by one."""
+    """52 linear heads at once beside one by one. With many classes both do little but the same matrix products."""
     from probe_peers import LinearHeads
 
     images, num_steps = (1000, 4) if context.quick else (20_000, 100)
-    made = LinearHeads(images, num_steps)
+    classes = 100 if name.endswith("100_classes") else 10
+    made = LinearHeads(images, num_steps, classes)
     for i, (a, b) in enumerate(zip(made.together(), made.one_by_one(), strict=True)):
         if not torch.allclose(a, b, rtol=1e-3, atol=1e-4):
             raise ValueError(f"head {i} differs by {(a - b).abs().max():.2g} from the one trained alone")
-    rows = Rows(name, f"{made.num_heads} heads, {num_steps} steps of 128 of {images:,} x 384 features, 100 classes")
+    rows = Rows(
+        name, f"{made.num_heads} heads, {num_steps} steps of 128 of {images:,} x 384 features, {classes} classes"
+    )
     variants = {"ours": made.together, "one_by_one": made.one_by_one}
     rows.timings(measure(variants, seconds=context.seconds, clock=own_clock()))
     return Found(rows.rows, {})
@@ -473,6 +476,7 @@ WORKS: dict[str, Callable[[str, Context], Found]] = {
     "training": training,
     "knn": neighbours,
     "probe": heads,
+    "probe_100_classes": heads,
     "help": start_up,
     "growth": growth,
     "gpu_training_vits16": training,
