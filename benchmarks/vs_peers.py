@@ -10,8 +10,8 @@ one process, gated by a matrix product (rounds.py).
 
 Works: the steps dino_vits16, dino_vitti8, mae_vits16, joint_vits16 (DINO and MAE together beside DINO alone); features;
 views_geometry and views_full (one core, decoding included); training (from a folder of JPEG files); knn; probe (52
-heads, ten classes) and probe_100_classes; help; growth; and on a GPU gpu_training_vits16 (the same from JPEG files) and gpu_step_vitb16 (utilisation of
-the step alone, memory), which say `skipped` without one.
+heads, ten classes) and probe_100_classes; help; growth; and on a GPU gpu_training_vits16 (the same from JPEG files) and
+gpu_step_vitb16 (utilisation of the step alone, memory), which say `skipped` without one.
 
 `training` has two peers on the views of torchvision v2: `torchvision_v2` trains with our step, so that its ratio is
 what our data path gains; `official_torchvision_v2` trains with the published step in fp32, so that its ratio is what
