@@ -3,6 +3,7 @@
 import http.server
 import io
 import pickle
+import socket
 import tarfile
 import threading
 import time
@@ -316,12 +317,14 @@ def bucket(monkeypatch):
     moto = pytest.importorskip("moto.server", reason="needs sslvit[dev]")
 
     class Store:
-        port = 0
+        def __init__(self):
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                self.port = probe.getsockname()[1]
 
         def start(self):
             self.server = moto.ThreadedMotoServer("127.0.0.1", self.port, verbose=False)
             self.server.start()
-            self.port = self.server.get_host_and_port()[1]
 
         def stop(self):
             self.server.stop()
