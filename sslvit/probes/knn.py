@@ -24,7 +24,7 @@ NUM_NEIGHBOURS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
 
 # Rows normalised and searched at a time: some 80 MB in all.
-TRAIN_BLOCK, QUERY_BLOCK = 25_600, 2048
+TRAIN_BLOCK, QUERY_BLOCK = 25_600, 1024
 EXACT_TRAIN_BLOCK, EXACT_QUERY_BLOCK = 16_384, 256
 SPARE = 8  # neighbours fetched beyond k, so that a tie at the border is seen
 NEAR = 2e-6  # float32 similarities nearer than this may be out of order
@@ -94,7 +94,8 @@ def nearest(
         near_tie, run_off = _doubtful(best, borders, len(train))
         for q in np.flatnonzero(near_tie & ~run_off):
             best[q], where[q] = _reorder(train, queries[start + q], where[q])
-        for part in np.array_split(np.flatnonzero(run_off), np.ceil(run_off.sum() / EXACT_QUERY_BLOCK) or 1):
+        far = np.flatnonzero(run_off)
+        for part in (far[i : i + EXACT_QUERY_BLOCK] for i in range(0, len(far), EXACT_QUERY_BLOCK)):
             best[part], where[part] = _search_exact(train, queries[start + part], best.shape[1])
         similarities[start : start + len(block)] = best[:, :k]
         indices[start : start + len(block)] = where[:, :k]
@@ -108,6 +109,7 @@ def _search(train: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray,
     for start in range(0, len(train), TRAIN_BLOCK):
         rows = normalised(train[start : start + TRAIN_BLOCK])
         found, index = faiss.knn(queries, rows, min(k, len(rows)), metric=faiss.METRIC_INNER_PRODUCT)
+        del rows  # before the next ones are made
         index += start
         best = torch.cat([best, torch.from_numpy(found)], dim=1)
         where = torch.cat([where, torch.from_numpy(index)], dim=1)
