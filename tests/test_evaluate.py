@@ -14,6 +14,7 @@ from sslvit.errors import InputError
 from sslvit.probes import measure as measuring
 from sslvit.probes import protocols
 from sslvit.probes.config import PROTOCOLS
+from sslvit.probes.label_file import Labelled
 from sslvit.run_folder import is_disk_full
 from sslvit.verbs import evaluate as verb
 
@@ -115,8 +116,13 @@ def test_other_validation_labels_change_no_answer(tmp_path, monkeypatch, name):
         measuring, "score", lambda answers, labels, seed: said.append(answers) or original(answers, labels, seed)
     )
     evaluate(tmp_path, protocol=[name])
-    aligned = measuring.align_labels
-    monkeypatch.setattr(measuring, "align_labels", lambda *a: (aligned(*a) + 1) % 8)
+    agreed = verb.agree
+
+    def with_others(*sources):
+        train, val, lines = agreed(*sources)
+        return train, Labelled(val, {"shape": (val.labels["shape"] + 1) % 8}, val.class_names), lines
+
+    monkeypatch.setattr(verb, "agree", with_others)
     evaluate(tmp_path, protocol=[name], overwrite=True)
     for one, other in zip(*said, strict=True):
         assert (one.protocol, one.chosen) == (other.protocol, other.chosen)

@@ -15,6 +15,7 @@ from torch import Tensor
 from sslvit import distributed
 from sslvit.data.loader import clean_batches
 from sslvit.data.photometry import normalize
+from sslvit.data.records import is_known
 from sslvit.data.sources import Source
 from sslvit.encoder.config import Preprocessing
 from sslvit.encoder.vit import Encoder
@@ -22,7 +23,7 @@ from sslvit.errors import InputError
 from sslvit.probes.features import choose_indices, default_precision, forward_clean
 from sslvit.probes.health import feature_std, rankme
 from sslvit.probes.knn import knn
-from sslvit.probes.measure import align_labels, is_known
+from sslvit.probes.labels import agree
 
 
 class KnnMonitor:
@@ -46,15 +47,18 @@ class KnnMonitor:
         seed: int = 0,
     ) -> None:
         began = time.monotonic()
+        if val_source is not None:
+            train_source, val_source, lines = agree(train_source, val_source)
+            for line in lines if distributed.is_main() else ():
+                print(line)
         self.preprocessing, self.batch_size, self.precision = preprocessing, batch_size, precision
         self.train, train_labels = _decode(train_source, preprocessing, num_images, batch_size, num_workers, seed)
         self.val = self.train[:0]
         self.labels: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # of train and val, numbered alike
         if val_source is not None and train_labels and val_source.labels:
             self.val, labels = _decode(val_source, preprocessing, num_images, batch_size, num_workers, seed)
-            for name in [name for name in train_labels if name in labels]:
-                names = [source.class_names.get(name) for source in (val_source, train_source)]
-                self.labels[name] = train_labels[name], align_labels(labels[name], *names)
+            shared = [name for name in train_labels if name in labels]
+            self.labels = {name: (train_labels[name], labels[name]) for name in shared if _are_classes(labels[name])}
         self.seconds = time.monotonic() - began
 
     def __call__(self, encoder: Encoder, step: int) -> dict[str, float]:
@@ -87,6 +91,10 @@ class KnnMonitor:
             pixels = normalize(batch.to(device), self.preprocessing.mean, self.preprocessing.std)
             parts.append(forward_clean(encoder, pixels, 1, precision)[0].cls.cpu())
         return distributed.all_gather_cat(torch.cat(parts)).numpy()
+
+
+def _are_classes(values: np.ndarray) -> bool:
+    return values.ndim == 1 and values.dtype.kind == "i"
 
 
 def _accuracy(train: np.ndarray, val: np.ndarray, train_labels: np.ndarray, val_labels: np.ndarray) -> float:

@@ -17,6 +17,7 @@ import pyarrow.parquet
 
 from sslvit import distributed
 from sslvit.config import EmbedConfig, check_config, load_config
+from sslvit.data.records import as_classes
 from sslvit.data.sources import open_source
 from sslvit.encoder.weights import load_encoder
 from sslvit.errors import InputError
@@ -72,15 +73,29 @@ def embed(
 def as_arrays(features: Features) -> dict[str, np.ndarray]:
     """Features (n, D) float32, names (n,) unicode; labels (n,), or (n, L) with label_names (L,) for several.
 
-    Labels are int64, -1 where unknown; float64 where they are numbers with a fraction.
+    Labels are int64, -1 where unknown; float64 where they are numbers with a decimal point. A label of several classes
+    at once has a column of 0 and 1 for each, named LABEL/CLASS.
     """
+    columns = _label_columns(features)
     arrays = {"features": np.array(features.cls, dtype=np.float32), "names": np.array(features.names, dtype=np.str_)}
-    if len(features.labels) == 1:
-        arrays["labels"] = next(iter(features.labels.values()))
-    elif features.labels:
-        arrays["labels"] = np.stack(list(features.labels.values()), axis=1)
-        arrays["label_names"] = np.array(list(features.labels), dtype=np.str_)
+    if list(columns) == list(features.labels) and len(columns) == 1:
+        arrays["labels"] = next(iter(columns.values()))
+    elif columns:
+        arrays["labels"] = np.stack(list(columns.values()), axis=1)
+        arrays["label_names"] = np.array(list(columns), dtype=np.str_)
     return arrays
+
+
+def _label_columns(features: Features) -> dict[str, np.ndarray]:
+    """Name -> (n,) int64 or float64."""
+    columns: dict[str, np.ndarray] = {}
+    for label, values in features.labels.items():
+        if values.ndim == 1:
+            columns[label] = as_classes(values)
+        else:
+            names = features.class_names.get(label) or range(values.shape[1])
+            columns |= {f"{label}/{name}": values[:, i].astype(np.int64) for i, name in enumerate(names)}
+    return columns
 
 
 def as_table(features: Features) -> pa.Table:
@@ -90,7 +105,18 @@ def as_table(features: Features) -> pa.Table:
         "name": pa.array([name.encode("utf-8", "backslashreplace").decode() for name in features.names]),
         "features": pa.FixedSizeListArray.from_arrays(flat, features.cls.shape[1]),
     }
-    return pa.table(columns | {name: pa.array(values) for name, values in features.labels.items()})
+    return pa.table(columns | {name: _label_column(features, name) for name in features.labels})
+
+
+def _label_column(features: Features, label: str) -> pa.Array:
+    """Classes and numbers as they are, several classes at once as lists of their names."""
+    values = features.labels[label]
+    if values.ndim == 1:
+        return pa.array(as_classes(values))
+    names = np.array(features.class_names.get(label) or [str(i) for i in range(values.shape[1])])
+    return pa.array(
+        [None if known < 0 else names[row > 0].tolist() for row, known in zip(values, values.min(axis=1), strict=True)]
+    )
 
 
 def _faiss_index(features: np.ndarray) -> Any:

@@ -30,6 +30,7 @@ from sslvit.probes.features import (
     source_digest,
 )
 from sslvit.probes.label_file import with_label_file
+from sslvit.probes.labels import agree
 from sslvit.probes.measure import measure
 from sslvit.probes.rows import Row, describe, row
 from sslvit.probes.scores import Score
@@ -69,7 +70,7 @@ def evaluate(*, config_file: str | Path | None = None, output_dir: str | Path | 
     check_config(config)
     device = str(distributed.choose_device(config.device))
     path = Path(output_dir or default_output_dir("evaluate", config.encoder))
-    train, val = _open(config.train_dataset, config), _open(config.val_dataset, config)
+    train, val = _open_both(config)
     with RunFolder.open(path, "evaluate", config, free_keys=["*"], overwrite=config.overwrite) as folder:
         subjects = _subjects(config, device)
         rows = [row for subject in subjects for row in judge(subject, train, val, config, folder, device)]
@@ -78,10 +79,18 @@ def evaluate(*, config_file: str | Path | None = None, output_dir: str | Path | 
     return rows
 
 
-def _open(spec: str | None, config: EvaluateConfig) -> Digested:
-    source = open_source(str(spec))
+def _open_both(config: EvaluateConfig) -> tuple[Digested, Digested]:
+    """Both sets, their labels read alike."""
+    opened = [open_source(str(spec)) for spec in (config.train_dataset, config.val_dataset)]
     if config.label_file is not None:
-        source = with_label_file(source, config.label_file)
+        opened = [with_label_file(source, config.label_file) for source in opened]
+    train, val, lines = agree(*opened)
+    for line in lines:
+        print(line)
+    return _digested(train, config), _digested(val, config)
+
+
+def _digested(source: Source, config: EvaluateConfig) -> Digested:
     return source, source_digest(source, choose_indices(len(source), config.num_images, config.seed))
 
 
