@@ -10,6 +10,9 @@ import torch
 from PIL import Image
 
 import sslvit
+from sslvit.checkpoint import drop_checkpoints_after, mark_best, save_checkpoint
+from sslvit.config import as_dict
+from sslvit.encoder.weights import load_encoder
 from sslvit.errors import InputError
 from sslvit.probes import measure as measuring
 from sslvit.probes import protocols
@@ -260,6 +263,29 @@ def test_finished_cells_are_not_measured_again(tmp_path, monkeypatch):
     assert calls == ["linear", "knn", "linear", "knn"]
 
 
+def test_a_corrected_protocol_and_renamed_classes_are_measured_again(tmp_path, monkeypatch):
+    """Same images, same weights, same numbers as labels: only the words, the revision or the names differ."""
+    evaluate(tmp_path, protocol="knn,logreg")
+    calls = []
+    original = verb.measure
+    monkeypatch.setattr(verb, "measure", lambda name, *a: calls.append(name) or original(name, *a))
+    with monkeypatch.context() as patch:
+        patch.setattr(protocols.logreg, "PROTOCOL", "logistic regression, corrected")
+        evaluate(tmp_path, protocol="knn,logreg")
+        assert calls == ["logreg"]
+        patch.setitem(protocols.REVISIONS, "knn", 7)
+        evaluate(tmp_path, protocol="knn,logreg")
+        assert calls == ["logreg", "knn"]
+    monkeypatch.setattr("sslvit.data.scenes.Scenes.class_names", {"shape": [f"shape {i}" for i in range(8)]})
+    evaluate(tmp_path, protocol="knn")
+    assert calls == ["logreg", "knn", "knn"]
+
+
+def test_every_protocol_has_its_words_in_its_hash():
+    assert set(protocols.MODULES) == set(PROTOCOLS) >= set(protocols.REVISIONS)
+    assert len({protocols.protocol_hash(name) for name in PROTOCOLS}) == len(PROTOCOLS)
+
+
 def test_rows_are_added_and_replaced(tmp_path):
     evaluate(tmp_path, protocol="knn")
     evaluate(tmp_path, protocol="knn", seed=1)
@@ -356,22 +382,39 @@ def test_pixels_are_skipped_where_there_is_no_rgb(tmp_path, capsys, monkeypatch)
     assert "pixels: skipped" in capsys.readouterr().out
 
 
-def test_a_step_chosen_on_validation_images_says_so(tmp_path, monkeypatch):
-    """RUN@best and RUN@step_N may be the same weights; the number of the first was chosen, and its row tells."""
-    load = verb.load_encoder
-    monkeypatch.setattr(verb, "load_encoder", lambda spec, **options: load(ENCODER, **options))
-    told = {}
-    for spec in ("run@best", "run@step_5"):
+def run_of_two_steps(path):
+    """Steps 5 and 10 of a run; 5 is its best."""
+    loaded = load_encoder(ENCODER)
+    meta = {"encoder": as_dict(loaded.config), "preprocessing": as_dict(loaded.preprocessing)}
+    for step in (5, 10):
+        tensors = {f"student.{name}": value + step / 1000 for name, value in loaded.module.state_dict().items()}
+        save_checkpoint(path / "checkpoints", step, {"model": tensors}, meta, keep=2, best=5, background=False)
+    return path
+
+
+def test_a_step_chosen_on_validation_images_says_so(tmp_path):
+    """RUN@best, RUN@step_N, its folder, or RUN where the run went back to it: the number of that step was chosen."""
+    run = run_of_two_steps(tmp_path / "run")
+
+    def flagged(spec):
         rows = sslvit.evaluate(
-            encoder=spec,
+            encoder=str(spec),
             train_dataset=TRAIN,
             val_dataset=VAL,
             output_dir=tmp_path / "out",
             **QUICK | {"protocol": "knn", "controls": "random_init"},
         )
-        told[spec] = [name for name, row in by_name(rows).items() if "the run's best by k-NN" in row["protocol"]]
-    assert "knn/top1" in told["run@best"] and "knn/random_init/top1" not in told["run@best"]
-    assert told["run@step_5"] == []
+        told = [name for name, row in by_name(rows).items() if "the run's best by k-NN" in row["protocol"]]
+        assert "knn/random_init/top1" not in told
+        return "knn/top1" in told
+
+    specs = (f"{run}@best", f"{run}@step_5", run / "checkpoints" / "step_0000005", f"{run}@step_10", run)
+    assert [flagged(spec) for spec in specs] == [True, True, True, False, False]
+    mark_best(run / "checkpoints", 10)
+    assert [flagged(spec) for spec in (f"{run}@step_10", run)] == [True, False]  # the last one, by chance the best
+    drop_checkpoints_after(run / "checkpoints", 5)
+    mark_best(run / "checkpoints", 5, ended_there=True)
+    assert flagged(run)
 
 
 def test_a_full_disk_leaves_no_half_features(tmp_path, monkeypatch):

@@ -94,8 +94,8 @@ def _measure_label(name: str, label: str, train: Examples, val: Examples, config
     if not known.any() or not judged.any():
         empty = (train if not known.any() else val).source.spec
         raise InputError(f"{empty}: label {label!r} is unknown for every image")
-    fitted = probe_for(name, train_labels, label)(
-        train.take(np.flatnonzero(known), labels=True), train_labels[known], config
-    )
+    part = train.take(np.flatnonzero(known), labels=True)
+    part.unfinished = train.unfinished.named(label)
+    fitted = probe_for(name, train_labels, label)(part, train_labels[known], config)
     answers = fitted(val.take(np.flatnonzero(judged), labels=False))
     return score(answers, val_labels[judged], config.seed)

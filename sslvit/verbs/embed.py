@@ -7,6 +7,7 @@ Parquet: columns `name`, `features` (fixed-size list of float32) and one column 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from sslvit.errors import InputError
 from sslvit.probes.features import Examples, Extraction, Features, default_precision, shared_cache
 from sslvit.probes.knn import normalised
 from sslvit.run_folder import is_disk_full, partial_of
+from sslvit.signals import StopFlag
 
 SUFFIXES = (".npz", ".parquet")
 
@@ -42,7 +44,8 @@ def embed(
     """Write the features of `data` to `output_file` (.npz or .parquet); returns the arrays of the npz form.
 
     `index` adds a faiss index of the unit-length features beside it (inner product is cosine), in the same order.
-    Raises InputError when the encoder or the images cannot be read, or a feature is not finite.
+    Raises InputError when the encoder or the images cannot be read, or a feature is not finite. Resumable on a signal:
+    what is extracted stays beside the file, in `.F.parts/`, and the same command goes on.
     """
     given = {"encoder": str(encoder), "data": str(data), "output_file": str(output_file), "batch_size": batch_size}
     given |= {"device": device, "precision": precision, "num_workers": num_workers, "index": index}
@@ -52,20 +55,27 @@ def embed(
     if file.suffix not in SUFFIXES:
         raise InputError(f"--output-file {file}: the name must end in {' or '.join(SUFFIXES)}")
     place = str(distributed.choose_device(config.device))
-    loaded = load_encoder(str(encoder), device=place)
-    extraction = Extraction(
-        batch_size=config.batch_size,
-        device=place,
-        precision=config.precision or default_precision(place),
-        num_workers=config.num_workers,
-        cache_dir=shared_cache(),
-    )
+    loaded = load_encoder(str(encoder), device=place, pooled=True)
+    parts = file.with_name(f".{file.name}.parts")
     fingerprint = f"{loaded.fingerprint} {loaded.architecture}"
-    features = Examples(open_source(str(data)), loaded.module, loaded.preprocessing, extraction, fingerprint).features
+    with StopFlag() as stop:
+        extraction = Extraction(
+            batch_size=config.batch_size,
+            device=place,
+            precision=config.precision or default_precision(place),
+            num_workers=config.num_workers,
+            cache_dir=shared_cache(),
+            parts_dir=parts,
+            class_token_only=True,
+            stop=stop,
+        )
+        source = open_source(str(data))
+        features = Examples(source, loaded.module, loaded.preprocessing, extraction, fingerprint).features
     arrays = as_arrays(features)
     _write(file, arrays if file.suffix == ".npz" else as_table(features))
     if config.index:
         _write(file.with_suffix(".faiss"), _faiss_index(features.cls))
+    shutil.rmtree(parts, ignore_errors=True)
     print(f"{file}: features of {len(features)} images, {features.cls.shape[1]} dimensions")
     return arrays
 

@@ -110,7 +110,7 @@ def test_cache_is_found_again_and_depends_on_everything(tmp_path, monkeypatch):
     first = examples(net, fingerprint="a", cache_dir=tmp_path).features
     calls = []
     original = Examples._extract
-    monkeypatch.setattr(Examples, "_extract", lambda self: calls.append(1) or original(self))
+    monkeypatch.setattr(Examples, "_extract", lambda self, parts: calls.append(1) or original(self, parts))
     again = examples(net, fingerprint="a", cache_dir=tmp_path).features
     assert not calls
     for one, other in zip((*first.blocks, first.mean_patch), (*again.blocks, again.mean_patch), strict=True):
