@@ -481,8 +481,8 @@ def _preprocessing_of_timm(cfg: Mapping[str, Any], module: Encoder, architecture
     if is_vit(architecture.name):
         channels, size = module.patch_embed.proj.in_channels, module.patch_embed.img_size
     else:
-        stated = module.pretrained_cfg["input_size"]
-        channels, size = architecture.args.get("in_chans", 3), _pair(architecture.args.get("img_size", stated[1:]))
+        named = cfg.get("input_size") or module.pretrained_cfg["input_size"]
+        channels, size = architecture.args.get("in_chans", 3), _pair(architecture.args.get("img_size", named[1:]))
     mean, std = _statistics(cfg.get("mean", IMAGENET_MEAN), cfg.get("std", IMAGENET_STD), channels)
     stated = tuple(cfg.get("input_size", (0, 0, 0)))[1:]
     width = _width(stated if stated[0] == size[0] else size)

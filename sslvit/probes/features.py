@@ -248,7 +248,7 @@ class Examples:
                     put_aside()
         except Resumable as stopped:
             put_aside()
-            raise Resumable(f"{stopped} ({reached} of {len(self.selection)} images are done)") from None
+            raise type(stopped)(f"{stopped} ({reached} of {len(self.selection)} images are done)") from stopped
         parts_of_all = [*done, *fresh]
         if not parts_of_all:
             raise InputError(f"{self.source.spec} has no readable image; `sslvit check-data` lists the reasons")

@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import time
-import uuid
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sslvit.errors import Resumable
+from sslvit.run_folder import partial_of
 from sslvit.signals import StopFlag
 
 logger = logging.getLogger(__name__)
@@ -59,10 +59,11 @@ class Unfinished:
         if self.folder is not None and (stopping or time.monotonic() - self._since >= SECONDS):
             data = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {"facts": json.dumps(facts)})
             self.folder.mkdir(parents=True, exist_ok=True)
-            partial = self.folder / f".{name}.{uuid.uuid4().hex}"
+            file = self.folder / f"{name}.safetensors"
+            partial = partial_of(file)
             try:
                 partial.write_bytes(data)
-                os.replace(partial, self.folder / f"{name}.safetensors")
+                os.replace(partial, file)
             finally:
                 partial.unlink(missing_ok=True)
             self._since = time.monotonic()
@@ -142,12 +143,13 @@ class Parts:
         """Keep the features of the images at `start` to `stop` of the selection; visible only when complete."""
         if self.folder is None:
             return
-        partial = self.folder / f".{start:010d}-{stop:010d}.{uuid.uuid4().hex}"
+        path = self.folder / f"{start:010d}-{stop:010d}.npz"
+        partial = partial_of(path)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(partial, "wb") as file:
                 np.savez(file, **arrays)
-            os.replace(partial, self.folder / f"{start:010d}-{stop:010d}.npz")
+            os.replace(partial, path)
         except FileNotFoundError:
             pass  # another process has all of them and removed the folder
         except PermissionError as error:

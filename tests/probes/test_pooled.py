@@ -14,7 +14,7 @@ from sslvit.data.sources import open_source
 from sslvit.encoder.weights import load_encoder, random_like
 from sslvit.errors import InputError
 
-TRAIN, VAL = "scenes:?n=40&size=32&objects=1&label=shape", "scenes:?n=16&size=32&objects=1&label=shape&split=val"
+TRAIN, VAL = "scenes:?n=24&size=32&objects=1&label=shape", "scenes:?n=10&size=32&objects=1&label=shape&split=val"
 NAMES = ["test_resnet", "test_convnext", "test_maxvit", "deit_tiny_distilled_patch16_224"]
 
 
@@ -28,16 +28,16 @@ def evaluate(out, name, **keys):
 
 @pytest.mark.parametrize("name", NAMES[:2])
 def test_every_protocol_but_those_on_patches(tmp_path, name):
-    protocols = "knn,linear,linear_mae,fewshot,retrieval,cluster,health"
-    rows = evaluate(tmp_path, name, protocol=protocols, image_size=64)
+    protocols = "knn,linear,fewshot,retrieval,cluster"
+    rows = evaluate(tmp_path, name, protocol=protocols, image_size=48)
     assert all(np.isfinite(row["value"]) for row in rows.values())
-    assert "pooled features" in rows["knn/top1"]["protocol"] and "64 px" in rows["knn/top1"]["protocol"]
+    assert "pooled features" in rows["knn/top1"]["protocol"] and "48 px" in rows["knn/top1"]["protocol"]
     assert "13 heads" in rows["linear/top1"]["protocol"]
     assert {"knn/random_init/top1", "knn/pixels/top1"} <= set(rows)
     for protocol in ("attentive", "segmentation"):
         with pytest.raises(InputError, match=f"{protocol} reads patches"):
             evaluate(tmp_path / protocol, name, protocol=protocol, controls=[])
-    crops = evaluate(tmp_path / "crops", name, protocol="linear", controls=[], augment=True, image_size=64)
+    crops = evaluate(tmp_path / "crops", name, protocol="linear", controls=[], augment=True, image_size=48)
     assert "random crops" in crops["linear/top1"]["protocol"]
 
 
