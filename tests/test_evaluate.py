@@ -308,9 +308,20 @@ def test_the_command_line_says_the_same(tmp_path, capsys):
     assert stored == by_name(evaluate(tmp_path))
 
 
-def test_augmented_linear_runs_the_encoder_on_crops(tmp_path):
-    rows = by_name(evaluate(tmp_path, protocol="linear", augment=True, linear_steps=8))
-    assert "random crops" in rows["linear/top1"]["protocol"]
+@pytest.mark.parametrize("augment", [True, False])
+def test_the_rate_is_that_of_the_batch_there_is(tmp_path, monkeypatch, augment):
+    """128 asked for, 33 images to fit: the learning rates are times 33 / 256, and the words say 33."""
+    seen = []
+    step = protocols.linear.Heads.step
+    monkeypatch.setattr(
+        protocols.linear.Heads,
+        "step",
+        lambda self, x, y, scale: seen.append((len(x), scale)) or step(self, x, y, scale),
+    )
+    row = by_name(evaluate(tmp_path, protocol="linear", augment=augment, linear_steps=2))["linear/top1"]
+    size = seen[0][0]
+    assert 30 < size < 40 and seen[0][1] == pytest.approx(size / 256)
+    assert f"2 steps of {size}, {'random crops' if augment else 'no augmentation'}" in row["protocol"]
 
 
 def test_image_size_may_be_another(tmp_path):

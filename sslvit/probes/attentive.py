@@ -93,8 +93,8 @@ def fit(
         scale = min(1.0, (step + 1) / max(1, steps // 20)) * 0.5 * (1 + np.cos(np.pi * step / steps))
         _adam_step(moments, gradients, rates * scale, step + 1)
         unfinished.offer("heads", state, {"step": step + 1})
-    right, loss = _merits(heads, tokens, targets, torch.from_numpy(choosing), device)
-    merits = [(one, -other, -i) for i, (one, other) in enumerate(zip(right, loss, strict=True))]
+    right, losses = _merits(heads, tokens, targets, torch.from_numpy(choosing), device)
+    merits = [(one, -other, -i) for i, (one, other) in enumerate(zip(right, losses, strict=True))]
     return heads, -max(merits)[2], classes
 
 

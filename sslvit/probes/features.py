@@ -194,7 +194,7 @@ class Examples:
         """Rows and columns of an image's patches."""
         if self.module is None:
             return (PIXEL_SIZE // PIXEL_PATCH,) * 2
-        return patch_grid(self.module, self.preprocessing.size)  # type: ignore[arg-type]
+        return patch_grid(self.module, self.preprocessing.size)
 
     def tokens(self, indices: np.ndarray, num_blocks: int = 1) -> Iterator[tuple[list[Tokens], np.ndarray]]:
         """(tokens of the last blocks, the last one first, on the device; their indices) batch by batch, in order."""

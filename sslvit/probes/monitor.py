@@ -48,9 +48,7 @@ class KnnMonitor:
     ) -> None:
         began = time.monotonic()
         if val_source is not None:
-            train_source, val_source, lines = agree(train_source, val_source)
-            for line in lines if distributed.is_main() else ():
-                print(line)
+            train_source, val_source = _agreed(train_source, val_source)
         self.preprocessing, self.batch_size, self.precision = preprocessing, batch_size, precision
         self.train, train_labels = _decode(train_source, preprocessing, num_images, batch_size, num_workers, seed)
         self.val = self.train[:0]
@@ -91,6 +89,19 @@ class KnnMonitor:
             pixels = normalize(batch.to(device), self.preprocessing.mean, self.preprocessing.std)
             parts.append(forward_clean(encoder, pixels, 1, precision)[0].cls.cpu())
         return distributed.all_gather_cat(torch.cat(parts)).numpy()
+
+
+def _agreed(train: Source, val: Source) -> tuple[Source, Source | None]:
+    """Both with their labels read alike; without val where that cannot be: a run needs no labels."""
+    try:
+        train, val, lines = agree(train, val)
+    except InputError as error:
+        lines, agreed = [f"k-NN is not watched: {error}"], None
+    else:
+        agreed = val
+    for line in lines if distributed.is_main() else ():
+        print(line)
+    return train, agreed
 
 
 def _are_classes(values: np.ndarray) -> bool:

@@ -148,7 +148,7 @@ class Parts:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(partial, "wb") as file:
-                np.savez(file, **arrays)
+                np.savez(file, **dict(arrays))  # type: ignore[arg-type]
             os.replace(partial, path)
         except FileNotFoundError:
             pass  # another process has all of them and removed the folder

@@ -178,7 +178,7 @@ def _cell(subject: Subject, name: str, sets: tuple[Examples, Examples], config: 
     settings = {
         key: getattr(config, key) for key in ("train_dataset", "val_dataset", "seed", *PROBE_KEYS.get(name, ()))
     }
-    facts = [name, protocol_hash(name), subject.control, subject.fingerprint, [one.digest for one in sets]]
+    facts: list[Any] = [name, protocol_hash(name), subject.control, subject.fingerprint, [one.digest for one in sets]]
     facts += [[_label_digests(one.source) for one in sets], settings]
     facts += [str(sets[0].preprocessing), sets[0].extraction.precision, *_selection(subject).values()]
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

@@ -369,7 +369,7 @@ def _start(plans: Sequence[Plan], settings: LaunchConfig, num_restarts: int = 0)
     records, new = [], []
     for plan in plans:
         same_verb = [record for record in _records(plan.output_dir) if record.words[0] == plan.words[0]]
-        live = [record for record in same_verb if state_of(record)["state"] in LIVE]
+        live = [record for record, now in zip(same_verb, states_of(same_verb), strict=True) if now["state"] in LIVE]
         if live:
             print(f"job {live[-1].id} of {plan.output_dir} is there already")
             records.append(live[-1])
