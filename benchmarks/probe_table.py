@@ -21,8 +21,9 @@ from pathlib import Path
 import numpy as np
 
 import sslvit
+from sslvit.commands import explain
 from sslvit.config import EvaluateConfig, as_dict, changed_keys, load_config
-from sslvit.errors import EXIT_INPUT, InputError
+from sslvit.errors import EXIT_DONE, EXIT_INPUT, EXIT_RESUMABLE, InputError
 from sslvit.probes.config import CONTROLS
 from sslvit.run_folder import write_atomically
 from sslvit.verbs.submit import submit_all
@@ -55,10 +56,18 @@ class Cell:
         return all(key in FREE_KEYS for key in changed)
 
     def rows(self) -> list[dict]:
-        """Its rows, of its protocols only."""
+        """Its rows: of its protocols, controls, sets and seed, whatever its folder holds of earlier questions."""
         file = self.folder / "results.json"
         rows = json.loads(file.read_text()) if file.exists() else []
-        return [row for row in rows if row["name"].split("/")[0] in self.keys["protocol"]]
+        data = "{train_dataset} -> {val_dataset}".format(**self.keys)
+        unasked = set(CONTROLS) - set(self.keys["controls"])
+        return [
+            row
+            for row in rows
+            if row["name"].split("/")[0] in self.keys["protocol"]
+            and not unasked & set(row["name"].split("/")[1:])
+            and (row["data"], row["seed"]) == (data, self.seed)
+        ]
 
 
 def main(protocol: list[str], description: str, arguments: list[str] | None = None) -> int:
@@ -70,15 +79,18 @@ def main(protocol: list[str], description: str, arguments: list[str] | None = No
         problems = _submit(cells, options) if options.launch else _run(cells)
         write_tables(cells, options.output_dir / options.name)
         copy_tables(options.output_dir / options.name, options.json)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return EXIT_INPUT
+    except (Exception, KeyboardInterrupt) as error:  # a signal, a full disk, wrong input: as `sslvit` ends
+        ending = explain(error)
+        if ending is None:
+            raise
+        print(ending[1], file=sys.stderr)
+        return ending[0]
     rows = table_rows(cells)
     if rows:
         print(f"\n{markdown(rows)}\n{options.output_dir / options.name}.md .csv .json .png")
-    for problem in problems:
-        print(problem, file=sys.stderr)
-    return EXIT_INPUT if problems else 0
+    for _, words in problems:
+        print(words, file=sys.stderr)
+    return max((code for code, _ in problems), default=EXIT_DONE)
 
 
 def _parse(protocol: list[str], description: str, arguments: list[str] | None) -> argparse.Namespace:
@@ -177,38 +189,48 @@ def short_names(encoders: list[tuple[str, str]]) -> list[str]:
 # ---- measuring ------------------------------------------------------------------------------------------------------
 
 
-def _run(cells: list[Cell]) -> list[str]:
-    """Measure every cell here; returns what went wrong, cell by cell. `evaluate` skips what it has measured before."""
+Problem = tuple[int, str]  # an exit code and a line
+
+
+def _run(cells: list[Cell]) -> list[Problem]:
+    """Measure every cell here; returns what is wrong with the input, cell by cell. Anything else ends all.
+
+    `evaluate` skips what it has measured before.
+    """
     problems = []
     for cell in cells:
         print(f"== {cell.label} on {cell.data}, seed {cell.seed}")
         try:
             sslvit.evaluate(output_dir=cell.folder, **cell.keys)
         except InputError as error:
-            problems.append(f"{cell.label} on {cell.data}: {error}")
+            problems.append((EXIT_INPUT, f"{cell.label} on {cell.data}: {error}"))
     return problems
 
 
-def _submit(cells: list[Cell], options: argparse.Namespace) -> list[str]:
+def _submit(cells: list[Cell], options: argparse.Namespace) -> list[Problem]:
     """Queue every unfinished cell (on Slurm one array, a task per cell), wait for all, return what went wrong."""
     waiting = [cell for cell in cells if not cell.finished]
     if waiting:
         submit_all([command(cell) for cell in waiting], launch=options.launch, base=options.output_dir)
         print(f"{len(waiting)} cells queued: sslvit submit --status {options.output_dir}", flush=True)
-    states: dict[Path, dict] = {}
+    states: dict[str, dict] = {}
     while waiting:
-        for cell in waiting:
-            with contextlib.redirect_stdout(None):
-                states[cell.folder] = sslvit.submit(status=cell.folder)[-1]
-        if not any(states[cell.folder]["state"] in LIVE for cell in waiting):
+        with contextlib.redirect_stdout(None):
+            found = sslvit.submit(status=options.output_dir)  # all jobs in one question, the newest of a cell last
+            states = {state["output_dir"]: state for state in found}
+            for folder in [cell.folder for cell in waiting if str(cell.folder) not in states]:  # queued by hand
+                states[str(folder)] = sslvit.submit(status=folder)[-1]
+        if not any(states[str(cell.folder)]["state"] in LIVE for cell in waiting):
             break
         time.sleep(2)
-    return [
-        f"{cell.label} on {cell.data}: job {states[cell.folder]['id']} {states[cell.folder]['state']}, "
-        f"{states[cell.folder]['message']}"
-        for cell in waiting
-        if not cell.finished
-    ]
+    return [_problem(cell, states[str(cell.folder)]) for cell in waiting if not cell.finished]
+
+
+def _problem(cell: Cell, state: dict) -> Problem:
+    """Why a cell whose job is over has no results; what may be started again as it was ends with 75."""
+    resumable = state["code"] == EXIT_RESUMABLE or state["state"] in ("killed", "cancelled")
+    words = f"{cell.label} on {cell.data}: job {state['id']} {state['state']}, {state['message']}"
+    return EXIT_RESUMABLE if resumable else EXIT_INPUT, words
 
 
 def command(cell: Cell) -> list[str]:

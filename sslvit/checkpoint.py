@@ -37,6 +37,7 @@ __all__ = [
     "checkpoint_steps",
     "clean_checkpoints",
     "drop_checkpoints_after",
+    "is_chosen",
     "latest_checkpoint",
     "load_checkpoint",
     "load_optimizer_tensors",
@@ -226,23 +227,39 @@ def drop_checkpoints_after(root: Path, step: int) -> None:
             _retire(checkpoint_path(root, later))
 
 
-def mark_best(root: Path, step: int | None) -> None:
-    """Points `best.json` at `step`, atomically; None removes it."""
+def mark_best(root: Path, step: int | None, ended_there: bool = False) -> None:
+    """Points `best.json` at `step`, atomically; None removes it. `ended_there`: the run went back to it and is over."""
     if step is None:
         return _remove(Path(root) / "best.json")
     temporary = Path(root) / "best.json.tmp"
     _remove(temporary)
-    _write_file(temporary, [_json_bytes({"step": step})])
+    _write_file(temporary, [_json_bytes({"step": step, **({"ended_there": True} if ended_there else {})})])
     os.replace(temporary, Path(root) / "best.json")
     _fsync_directory(Path(root))
 
 
 def best_step(root: Path) -> int | None:
     """The step `best.json` points at, if any."""
+    return _read_best(root)[0]
+
+
+def _read_best(root: Path) -> tuple[int | None, bool]:
+    """The step, and whether the run ended there."""
     try:
-        return int(json.loads((Path(root) / "best.json").read_text())["step"])
+        best = json.loads((Path(root) / "best.json").read_text())
+        return int(best["step"]), bool(best.get("ended_there", False))
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return None, False
+
+
+def is_chosen(checkpoint: Path, newest: bool = False) -> bool:
+    """Whether this step was chosen among its run's by the number that `best.json` stands for.
+
+    The `newest` one, opened as the run itself, was not, though it may be the best: unless the run went back to it.
+    """
+    root = Path(checkpoint).parent
+    best, ended_there = _read_best(root)
+    return best is not None and checkpoint.name == checkpoint_path(root, best).name and (ended_there or not newest)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -373,6 +373,7 @@ class _Saver:
         assert progress.best_step is not None
         if distributed.is_main():
             drop_checkpoints_after(self.root, progress.best_step)
+            mark_best(self.root, progress.best_step, ended_there=True)
         self.metrics.event(
             progress.step,
             "ended",

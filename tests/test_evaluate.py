@@ -10,10 +10,14 @@ import torch
 from PIL import Image
 
 import sslvit
+from sslvit.checkpoint import drop_checkpoints_after, mark_best, save_checkpoint
+from sslvit.config import as_dict
+from sslvit.encoder.weights import load_encoder
 from sslvit.errors import InputError
 from sslvit.probes import measure as measuring
 from sslvit.probes import protocols
 from sslvit.probes.config import PROTOCOLS
+from sslvit.probes.label_file import Labelled
 from sslvit.run_folder import is_disk_full
 from sslvit.verbs import evaluate as verb
 
@@ -115,8 +119,13 @@ def test_other_validation_labels_change_no_answer(tmp_path, monkeypatch, name):
         measuring, "score", lambda answers, labels, seed: said.append(answers) or original(answers, labels, seed)
     )
     evaluate(tmp_path, protocol=[name])
-    aligned = measuring.align_labels
-    monkeypatch.setattr(measuring, "align_labels", lambda *a: (aligned(*a) + 1) % 8)
+    agreed = verb.agree
+
+    def with_others(*sources):
+        train, val, lines = agreed(*sources)
+        return train, Labelled(val, {"shape": (val.labels["shape"] + 1) % 8}, val.class_names), lines
+
+    monkeypatch.setattr(verb, "agree", with_others)
     evaluate(tmp_path, protocol=[name], overwrite=True)
     for one, other in zip(*said, strict=True):
         assert (one.protocol, one.chosen) == (other.protocol, other.chosen)
@@ -254,6 +263,29 @@ def test_finished_cells_are_not_measured_again(tmp_path, monkeypatch):
     assert calls == ["linear", "knn", "linear", "knn"]
 
 
+def test_a_corrected_protocol_and_renamed_classes_are_measured_again(tmp_path, monkeypatch):
+    """Same images, same weights, same numbers as labels: only the words, the revision or the names differ."""
+    evaluate(tmp_path, protocol="knn,logreg")
+    calls = []
+    original = verb.measure
+    monkeypatch.setattr(verb, "measure", lambda name, *a: calls.append(name) or original(name, *a))
+    with monkeypatch.context() as patch:
+        patch.setattr(protocols.logreg, "PROTOCOL", "logistic regression, corrected")
+        evaluate(tmp_path, protocol="knn,logreg")
+        assert calls == ["logreg"]
+        patch.setitem(protocols.REVISIONS, "knn", 7)
+        evaluate(tmp_path, protocol="knn,logreg")
+        assert calls == ["logreg", "knn"]
+    monkeypatch.setattr("sslvit.data.scenes.Scenes.class_names", {"shape": [f"shape {i}" for i in range(8)]})
+    evaluate(tmp_path, protocol="knn")
+    assert calls == ["logreg", "knn", "knn"]
+
+
+def test_every_protocol_has_its_words_in_its_hash():
+    assert set(protocols.MODULES) == set(PROTOCOLS) >= set(protocols.REVISIONS)
+    assert len({protocols.protocol_hash(name) for name in PROTOCOLS}) == len(PROTOCOLS)
+
+
 def test_rows_are_added_and_replaced(tmp_path):
     evaluate(tmp_path, protocol="knn")
     evaluate(tmp_path, protocol="knn", seed=1)
@@ -276,9 +308,20 @@ def test_the_command_line_says_the_same(tmp_path, capsys):
     assert stored == by_name(evaluate(tmp_path))
 
 
-def test_augmented_linear_runs_the_encoder_on_crops(tmp_path):
-    rows = by_name(evaluate(tmp_path, protocol="linear", augment=True, linear_steps=8))
-    assert "random crops" in rows["linear/top1"]["protocol"]
+@pytest.mark.parametrize("augment", [True, False])
+def test_the_rate_is_that_of_the_batch_there_is(tmp_path, monkeypatch, augment):
+    """128 asked for, 33 images to fit: the learning rates are times 33 / 256, and the words say 33."""
+    seen = []
+    step = protocols.linear.Heads.step
+    monkeypatch.setattr(
+        protocols.linear.Heads,
+        "step",
+        lambda self, x, y, scale: seen.append((len(x), scale)) or step(self, x, y, scale),
+    )
+    row = by_name(evaluate(tmp_path, protocol="linear", augment=augment, linear_steps=2))["linear/top1"]
+    size = seen[0][0]
+    assert 30 < size < 40 and seen[0][1] == pytest.approx(size / 256)
+    assert f"2 steps of {size}, {'random crops' if augment else 'no augmentation'}" in row["protocol"]
 
 
 def test_image_size_may_be_another(tmp_path):
@@ -350,22 +393,39 @@ def test_pixels_are_skipped_where_there_is_no_rgb(tmp_path, capsys, monkeypatch)
     assert "pixels: skipped" in capsys.readouterr().out
 
 
-def test_a_step_chosen_on_validation_images_says_so(tmp_path, monkeypatch):
-    """RUN@best and RUN@step_N may be the same weights; the number of the first was chosen, and its row tells."""
-    load = verb.load_encoder
-    monkeypatch.setattr(verb, "load_encoder", lambda spec, **options: load(ENCODER, **options))
-    told = {}
-    for spec in ("run@best", "run@step_5"):
+def run_of_two_steps(path):
+    """Steps 5 and 10 of a run; 5 is its best."""
+    loaded = load_encoder(ENCODER)
+    meta = {"encoder": as_dict(loaded.config), "preprocessing": as_dict(loaded.preprocessing)}
+    for step in (5, 10):
+        tensors = {f"student.{name}": value + step / 1000 for name, value in loaded.module.state_dict().items()}
+        save_checkpoint(path / "checkpoints", step, {"model": tensors}, meta, keep=2, best=5, background=False)
+    return path
+
+
+def test_a_step_chosen_on_validation_images_says_so(tmp_path):
+    """RUN@best, RUN@step_N, its folder, or RUN where the run went back to it: the number of that step was chosen."""
+    run = run_of_two_steps(tmp_path / "run")
+
+    def flagged(spec):
         rows = sslvit.evaluate(
-            encoder=spec,
+            encoder=str(spec),
             train_dataset=TRAIN,
             val_dataset=VAL,
             output_dir=tmp_path / "out",
             **QUICK | {"protocol": "knn", "controls": "random_init"},
         )
-        told[spec] = [name for name, row in by_name(rows).items() if "the run's best by k-NN" in row["protocol"]]
-    assert "knn/top1" in told["run@best"] and "knn/random_init/top1" not in told["run@best"]
-    assert told["run@step_5"] == []
+        told = [name for name, row in by_name(rows).items() if "the run's best by k-NN" in row["protocol"]]
+        assert "knn/random_init/top1" not in told
+        return "knn/top1" in told
+
+    specs = (f"{run}@best", f"{run}@step_5", run / "checkpoints" / "step_0000005", f"{run}@step_10", run)
+    assert [flagged(spec) for spec in specs] == [True, True, True, False, False]
+    mark_best(run / "checkpoints", 10)
+    assert [flagged(spec) for spec in (f"{run}@step_10", run)] == [True, False]  # the last one, by chance the best
+    drop_checkpoints_after(run / "checkpoints", 5)
+    mark_best(run / "checkpoints", 5, ended_there=True)
+    assert flagged(run)
 
 
 def test_a_full_disk_leaves_no_half_features(tmp_path, monkeypatch):

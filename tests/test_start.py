@@ -246,6 +246,7 @@ def test_a_run_that_forgets_stops_and_goes_back(values, newest, evaluated, tmp_p
     assert sum("knn/top1" in row for row in rows) == evaluated
     exported, chosen = load_encoder(str(run / "encoder")), load_encoder(str(run))
     assert exported.fingerprint == chosen.fingerprint and chosen.step == int(newest[-7:])
+    assert exported.chosen is chosen.chosen is (newest != "step_0000004"), "only where it went back to it"
     assert ("knn/top1 fell from 0.5000" in (run / "train.log").read_text()) is (newest != "step_0000004")
     assert sslvit.pretrain(
         data=DATA, val_data=f"{DATA}&split=val", init=str(tmp_path / "init"), output_dir=run, **RUN

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from sslvit.data.bad_files import BadImage
-from sslvit.data.records import is_text_key, number_labels, text_of
+from sslvit.data.records import is_text_key, text_of
 from sslvit.errors import InputError
 
 
@@ -36,7 +36,7 @@ class HubSource:
         typed = [key for key, feature in data.features.items() if isinstance(feature, datasets.ClassLabel)]
         for key in typed:
             label = "label" if len(typed) == 1 else key
-            self.labels[label] = number_labels(list(self._data[key]))[0]
+            self.labels[label] = np.array([-1 if value is None else value for value in self._data[key]], np.int64)
             self.class_names[label] = list(data.features[key].names)
         self.has_text = bool(self._text_columns) and self.text(0) is not None
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from sslvit.data.bad_files import BadImage
 from sslvit.data.files import Names, OpenFiles, expand, file_key, read_regular_file
-from sslvit.data.records import image_of, labels_of, number_labels, parse_record, text_of
+from sslvit.data.records import image_of, labels_of, number_columns, parse_record, text_of
 from sslvit.errors import InputError
 
 
@@ -74,12 +74,9 @@ class JsonlSource:
                     offset += len(line)
         self._lines = np.array(lines, np.int64).reshape(len(lines), 3)
         self._images = Names.of(images)
-        self.labels: dict[str, np.ndarray] = {}
-        self.class_names: dict[str, list[str]] = {}
-        for key in sorted({key for row in labels for key in row}):
-            self.labels[key], names = number_labels([row.get(key) for row in labels])
-            if names:
-                self.class_names[key] = names
+        keys = sorted({key for row in labels for key in row})
+        columns = {key: [row.get(key) for row in labels] for key in keys}
+        self.labels, self.class_names = number_columns(columns, self.spec)
 
     def _image_of(self, record: dict[str, Any] | None, path: str, number: int) -> bytes | None:
         """The image path of a line, checked without touching the disk; None for a line without one."""

@@ -19,7 +19,7 @@ from sslvit.data.bad_files import BadImage
 from sslvit.data.files import expand, file_key
 from sslvit.data.kept import Kept
 from sslvit.data.order import Blocks
-from sslvit.data.records import is_text_key, number_labels, text_of
+from sslvit.data.records import is_text_key, number_columns, text_of
 from sslvit.errors import InputError
 
 WHOLE_BYTES = 2 << 30
@@ -141,12 +141,13 @@ class ParquetSource:
         for name in chosen:
             key = "label" if len(chosen) == 1 else name
             tables = [pq.read_table(os.fsdecode(path), columns=[name], use_threads=False) for path in self._paths]
-            column = pa.concat_tables(tables).column(0)
+            column, named = pa.concat_tables(tables).column(0), _class_names(features.get(name, {}))
             if pa.types.is_integer(column.type):
-                labels[key] = column.fill_null(-1).to_numpy().astype(np.int64)
-                names = features.get(name, {}).get("names") or []
+                labels[key], names = column.fill_null(-1).to_numpy().astype(np.int64), named
             else:
-                labels[key], names = number_labels(column.to_pylist())
+                numbered, names_found = number_columns({key: _with_names(column.to_pylist(), named)}, self.spec)
+                labels |= numbered
+                names = names_found.get(key, [])
             if names:
                 class_names[key] = [str(item) for item in names]
         return labels, class_names
@@ -164,6 +165,7 @@ def _features(schema: pa.Schema) -> dict[str, Any]:
     try:
         info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         features = info["info"]["features"]
+        features = {name: {"feature": f[0]} if isinstance(f, list) and f else f for name, f in features.items()}
         return {name: value for name, value in features.items() if isinstance(value, dict)}
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}
@@ -189,8 +191,28 @@ def _image_column(schema: pa.Schema, features: dict[str, Any], pattern: str) -> 
     )
 
 
+def _class_names(feature: Any) -> list[str]:
+    """The names of a ClassLabel, or of a list of them (`Sequence`, `List`), else []."""
+    if not isinstance(feature, dict):
+        return []
+    if feature.get("_type") == "ClassLabel":
+        return [str(name) for name in feature.get("names") or []]
+    return _class_names(feature.get("feature"))
+
+
+def _with_names(values: list[Any], names: list[str]) -> list[Any]:
+    """Lists of class numbers as lists of their names, where a table names them."""
+
+    def named(item: Any) -> Any:
+        return names[item] if isinstance(item, int) and 0 <= item < len(names) else item
+
+    return [[named(item) for item in value] if isinstance(value, list) else value for value in values]
+
+
 def _is_label(column: pa.Field, feature: dict[str, Any]) -> bool:
-    simple = pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_boolean(column.type)
-    simple = simple or pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
-    named = column.name in _LABEL_NAMES or column.name.endswith("_label")
-    return simple and (feature.get("_type") == "ClassLabel" or named)
+    kind = column.type
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        kind = kind.value_type  # several classes at once
+    simple = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+    simple = simple or pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return simple and (bool(_class_names(feature)) or column.name in _LABEL_NAMES or column.name.endswith("_label"))

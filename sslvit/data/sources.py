@@ -36,7 +36,11 @@ class Source(Protocol):
 
     @property
     def labels(self) -> dict[str, np.ndarray]:
-        """Name -> (n,) int64, -1 where unknown; a single one is called "label"; {} when there are none."""
+        """Name -> one label of all images; a single one is called "label"; {} when there are none.
+
+        Classes: (n,) int64, -1 where unknown. Numbers: (n,) float64, NaN where unknown. Several classes at once: (n, C)
+        int8 of 0 and 1, a row of -1 where unknown.
+        """
 
     @property
     def class_names(self) -> dict[str, list[str]]:

@@ -9,6 +9,7 @@ reason.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -32,7 +33,7 @@ from sslvit.data.files import (
 )
 from sslvit.data.folder import EXTENSIONS
 from sslvit.data.order import Blocks
-from sslvit.data.records import labels_of, number_labels, parse_record, text_of
+from sslvit.data.records import labels_of, number_columns, number_in_text, parse_record, text_of
 from sslvit.data.remote import BLOCK_BYTES, KEPT_BYTES, RemoteFiles, basename, is_remote, remote_key
 from sslvit.errors import InputError
 
@@ -41,6 +42,7 @@ logger = logging.getLogger(__name__)
 _BLOCK = 512
 _THREADS = 8  # that ask for remote shards at once
 _MAX_EXTENDED = 1 << 20  # bytes of a long name or a pax header
+_JSON = b"\0"
 _KINDS = ("image", "json", "txt", "cls")
 _ARRAYS = ("members", "shard_ends", "names", "name_ends", "labels", "label_ends", "skipped", "skipped_ends")
 
@@ -125,15 +127,18 @@ class TarSource:
     def _number(self, labels: Names) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
         if not len(labels.data):
             return {}, {}
-        values = [labels[i].decode("utf-8", "replace") or None for i in range(len(labels))]
-        if all(value is None or value.lstrip("-").isdecimal() for value in values):
-            return {"label": number_labels([value and int(value) for value in values])[0]}, {}
-        numbers, names = number_labels(values)
-        return {"label": numbers}, {"label": names}
+        rows = [_labels_in(labels[i]) for i in range(len(labels))]
+        keys = sorted({key for row in rows for key in row})
+        columns = {key: [row.get(key) for row in rows] for key in keys}
+        found = columns.get("label", [])
+        read = [number_in_text(value) if isinstance(value, str) else value for value in found]
+        if found and not any(isinstance(value, str) for value in read):  # one word among them: all are names
+            columns["label"] = read
+        return number_columns(columns, self.spec)
 
     def _load_index(self) -> dict[str, np.ndarray]:
         """The index of the whole set. The processes of a machine map the same file; one of them makes it."""
-        entry = cache_root() / "tars" / cache_key("tar-1", self._keys)
+        entry = cache_root() / "tars" / cache_key("tar-2", self._keys)
         return kept_arrays(entry, _ARRAYS, self._index_all)
 
     def _index_all(self) -> dict[str, np.ndarray]:
@@ -145,7 +150,7 @@ class TarSource:
 
     def _load_shard(self, shard: int) -> dict[str, np.ndarray]:
         """The index of one shard: a set that grows fetches the new ones only."""
-        entry = cache_root() / "tars" / cache_key("tar-shard-1", self._keys[shard])
+        entry = cache_root() / "tars" / cache_key("tar-shard-2", self._keys[shard])
         arrays = load_arrays(entry, _ARRAYS)
         if arrays is None:
             arrays = _index(self._files, [shard])
@@ -166,6 +171,13 @@ class _Sample:
     key: bytes
     members: dict[str, _Member] = field(default_factory=dict)
     label: bytes = b""
+
+
+def _labels_in(kept: bytes) -> dict[str, Any]:
+    """The labels of a sample from what the index keeps: the text of .cls, or those of .json behind a zero byte."""
+    if kept.startswith(_JSON):
+        return dict(json.loads(kept[1:]))
+    return {"label": kept.decode("utf-8", "replace")} if kept else {}
 
 
 def _merged(shards: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -224,10 +236,10 @@ def _samples(files: OpenFiles | RemoteFiles, shard: int, path: bytes, skipped: l
             sample = _Sample(key)
         sample.members[kind] = member
         if kind == "cls":
-            sample.label = files.read(shard, member.offset, min(member.size, 256)).strip()
+            sample.label = files.read(shard, member.offset, min(member.size, 256)).strip(_JSON + b" \t\r\n")
         elif kind == "json" and "cls" not in sample.members:
-            label = labels_of(parse_record(files.read(shard, member.offset, member.size)) or {}).get("label")
-            sample.label = sample.label if label is None else str(label).encode()
+            labels = labels_of(parse_record(files.read(shard, member.offset, member.size)) or {})
+            sample.label = _JSON + json.dumps(labels).encode() if labels else sample.label
     yield sample
 
 

@@ -75,7 +75,10 @@ class TorchvisionSource:
             return {}, {}
         if values.ndim != 1:
             return {}, {}
-        labels, names = number_labels(values.tolist())
+        numbered = number_labels(values.tolist())
+        if numbered is None:
+            return {}, {}
+        labels, names = numbered
         names = names or [str(item) for item in getattr(self._data, "classes", [])]
         return {"label": labels}, {"label": names} if names else {}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers import QuickGELU
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sslvit.encoder.config import EncoderConfig
 from sslvit.encoder.layouts import depth_of, num_prefix_positions
-from sslvit.encoder.vit import Encoder, create_timm, init_xavier
+from sslvit.encoder.vit import Encoder, create_pooled, create_timm, init_xavier, is_vit
 from sslvit.errors import InputError
 
 _HEADS_OF_WIDTH = {1152: 16, 1280: 16, 1408: 16, 1664: 16}  # So400m, H, g, G: all others have 64 channels per head
@@ -39,6 +39,8 @@ class Architecture:
         """The module with random weights that depend on `seed` alone; torch's global generator is left as it was."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
+            if not is_vit(self.name):  # see load_encoder(pooled=True)
+                return cast(Encoder, create_pooled(self.name, self.args))
             encoder = create_timm(self.name, self.args)
             init_xavier(encoder)
         if self.norm_eps is not None:

@@ -184,15 +184,54 @@ def create_timm(name: str, args: dict[str, Any]) -> Encoder:
     return encoder
 
 
+def is_vit(name: str) -> bool:
+    """Whether timm's model of this name is one that `forward_tokens` runs."""
+    return timm.models.is_model_in_modules(name, VIT_MODULES) and "distilled" not in name
+
+
+def create_pooled(name: str, args: Mapping[str, Any], pretrained: bool = False) -> nn.Module:
+    """Any model of timm without its classifier; InputError for arguments it does not take."""
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, **args)
+    except (TypeError, AssertionError) as error:
+        raise InputError(f"timm cannot build {name!r} with {dict(args)}: {error}") from error
+
+
 def check_encoder(encoder: nn.Module) -> None:
     """Raise InputError for a module `forward_tokens` cannot run exactly."""
-    name = type(encoder).__name__
-    if not isinstance(encoder, VisionTransformer | Eva):
-        raise InputError(f"{name} is no timm VisionTransformer or Eva; choose a vit_* or eva* model")
-    if getattr(encoder, "dist_token", None) is not None:
-        raise InputError(f"{name} has a distillation token, which is not supported; choose a plain vit_* model")
-    if type(encoder.patch_embed) is not PatchEmbed:
-        raise InputError(f"{name} with {type(encoder.patch_embed).__name__} (hybrid stem) is not supported")
+    if (reason := _why_pooled(encoder)) is not None:
+        raise InputError(reason)
+
+
+def is_pooled(module: nn.Module) -> bool:
+    """Whether this model of timm is no ViT as `forward_tokens` runs it: all it says is one vector for the image."""
+    return _why_pooled(module) is not None
+
+
+def _why_pooled(module: nn.Module) -> str | None:
+    name = type(module).__name__
+    if not isinstance(module, VisionTransformer | Eva):
+        return f"{name} is no timm VisionTransformer or Eva; choose a vit_* or eva* model"
+    if getattr(module, "dist_token", None) is not None:
+        return f"{name} has a distillation token, which is not supported; choose a plain vit_* model"
+    if type(module.patch_embed) is not PatchEmbed:
+        return f"{name} with {type(module.patch_embed).__name__} (hybrid stem) is not supported"
+    return None
+
+
+def forward_pooled(module: nn.Module, images: Tensor) -> Tokens:
+    """The features before the classifier of any timm model, made with `num_classes=0`, as an only patch (B, 1, D)."""
+    try:
+        pooled = module(images)
+    except (AssertionError, RuntimeError) as error:
+        if "memory" in str(error):
+            raise
+        height, width = _size(images)
+        reason = (str(error).strip().splitlines() or [repr(error)])[0]
+        raise InputError(f"{type(module).__name__} takes no images of {height}x{width} ({reason})") from error
+    if not isinstance(pooled, Tensor) or pooled.ndim != 2:
+        raise InputError(f"{type(module).__name__} gives no vector for an image; choose another model of timm")
+    return Tokens(pooled[:, None, :0], pooled[:, None], has_class_token=False, normed=True)
 
 
 def patch_size(encoder: Encoder) -> tuple[int, int]:

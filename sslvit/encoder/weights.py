@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -25,7 +25,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from sslvit import distributed
-from sslvit.checkpoint import best_step, checkpoint_path, checkpoint_steps, latest_checkpoint, load_checkpoint
+from sslvit.checkpoint import (
+    best_step,
+    checkpoint_path,
+    checkpoint_steps,
+    is_chosen,
+    latest_checkpoint,
+    load_checkpoint,
+)
 from sslvit.checkpoint import read_weights_file as read_file
 from sslvit.encoder.architecture import (
     CLIP_NORM_EPS,
@@ -38,7 +45,7 @@ from sslvit.encoder.architecture import (
 from sslvit.encoder.config import IMAGENET_MEAN, IMAGENET_STD, EncoderConfig, Preprocessing
 from sslvit.encoder.layouts import to_timm
 from sslvit.encoder.strict import ImportReport, import_weights
-from sslvit.encoder.vit import VIT_MODULES, Encoder, check_encoder, create_encoder
+from sslvit.encoder.vit import Encoder, check_encoder, create_encoder, create_pooled, is_vit
 from sslvit.errors import InputError
 
 __all__ = ["ImportReport", "LoadedEncoder", "import_weights", "init_encoder", "load_encoder", "random_like"]
@@ -56,6 +63,7 @@ _MOVES = 5  # times that a run may prune a checkpoint while it is read
 _RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers, in preprocessor_config.json
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+_ONLY_JUDGED = "other models of timm are for evaluate and embed only"
 _ALIASES = {"image_size": "img_size", "num_registers": "reg_tokens"}  # our words for timm's
 WEIGHTS_FILE, METADATA_KEY = (
     "encoder.safetensors",
@@ -65,7 +73,10 @@ WEIGHTS_FILE, METADATA_KEY = (
 
 @dataclass(frozen=True)
 class LoadedEncoder:
-    """An encoder ready for use, and the facts about it. `step` is the step of a run's checkpoint."""
+    """An encoder ready for use, and the facts about it.
+
+    `step` is the step of a run's checkpoint; `chosen`: among others, by a number on the run's validation images.
+    """
 
     module: Encoder
     architecture: Architecture
@@ -74,6 +85,7 @@ class LoadedEncoder:
     license: str | None = None
     step: int | None = None
     report: ImportReport | None = None
+    chosen: bool = False
 
     @property
     def config(self) -> EncoderConfig:
@@ -90,12 +102,13 @@ class LoadedEncoder:
         return digest.hexdigest()
 
 
-def load_encoder(spec: str, *, device: str | torch.device = "cpu") -> LoadedEncoder:
+def load_encoder(spec: str, *, device: str | torch.device = "cpu", pooled: bool = False) -> LoadedEncoder:
     """Open `spec`, in eval mode on `device`; InputError in one line when it is no encoder.
 
     RUN, RUN@best, RUN@step_N: the teacher if there is one, else the student. FOLDER: timm or Hugging Face. FILE.pth or
     .safetensors, with `?num_heads=`, `?checkpoint_key=student`, ... where shapes do not tell. timm's NAME with released
     weights, `NAME?pretrained=false&seed=0&img_size=64&depth=6` without. `hf-hub:ORG/NAME`.
+    `pooled`: timm's models that are no plain ViT open too (names and timm folders); `forward_pooled` runs them.
     """
     place, options = _split_options(str(spec))
     if place.startswith("hf-hub:"):
@@ -107,20 +120,31 @@ def load_encoder(spec: str, *, device: str | torch.device = "cpu") -> LoadedEnco
     elif "@" in place and Path(place.rpartition("@")[0]).is_dir():
         loaded = _from_run(Path(place.rpartition("@")[0]), place.rpartition("@")[2], spec)
     elif timm.is_model(place.split(".")[0]):
+        if not pooled and not is_vit(place.split(".")[0]):
+            raise InputError(f"{spec}: no timm VisionTransformer or Eva; choose a vit_* or eva* model ({_ONLY_JUDGED})")
         loaded = _from_name(place, options, spec)
     else:
         raise InputError(f"{spec}: no such run, folder, file or timm model" + _nearest(place))
+    if not pooled:
+        _refuse_pooled(loaded, spec)
     if loaded.report is not None and not loaded.report.exact and distributed.is_main():
         print(f"{spec}: {loaded.report}")
     loaded.module.to(device).eval()
     return loaded
 
 
+def _refuse_pooled(loaded: LoadedEncoder, spec: str) -> None:
+    try:
+        check_encoder(loaded.module)
+    except InputError as error:
+        raise InputError(f"{spec}: {error} ({_ONLY_JUDGED})") from None
+
+
 def random_like(loaded: LoadedEncoder, seed: int) -> LoadedEncoder:
     """The control: the same architecture and preprocessing with fresh weights that depend on `seed` alone."""
     module = loaded.architecture.build(seed).to(next(loaded.module.parameters()).device).eval()
     source = f"{loaded.architecture.name}?pretrained=false&seed={seed}"
-    return replace(loaded, module=module, source=source, license=None, step=None, report=None)
+    return replace(loaded, module=module, source=source, license=None, step=None, report=None, chosen=False)
 
 
 def init_encoder(loaded: LoadedEncoder, config: EncoderConfig) -> tuple[VisionTransformer, ImportReport]:
@@ -167,23 +191,25 @@ def _from_name(name: str, options: dict[str, Any], spec: str) -> LoadedEncoder:
     pretrained, seed = options.pop("pretrained", True), options.pop("seed", 0)
     if not isinstance(pretrained, bool) or not isinstance(seed, int):
         raise InputError(f"{spec}: pretrained is true or false, seed a whole number")
-    architecture = Architecture(name.split(".")[0], {"dynamic_img_size": True, **options})
+    architecture = _architecture(name.split(".")[0], options)
     module = _pretrained(name, architecture, spec) if pretrained else architecture.build(seed)
     cfg = module.pretrained_cfg if pretrained else {}  # random weights expect nothing in particular
-    return LoadedEncoder(module, architecture, _preprocessing_of_timm(cfg, module), spec, cfg.get("license"))
+    preprocessing = _preprocessing_of_timm(cfg, module, architecture)
+    return LoadedEncoder(module, architecture, preprocessing, spec, cfg.get("license"))
+
+
+def _architecture(name: str, args: Mapping[str, Any]) -> Architecture:
+    return Architecture(name, {"dynamic_img_size": True, **args} if is_vit(name) else dict(args))
 
 
 def _pretrained(name: str, architecture: Architecture, spec: str) -> Encoder:
-    if not timm.models.is_model_in_modules(architecture.name, VIT_MODULES):
-        raise InputError(f"{spec}: no timm VisionTransformer or Eva; choose a vit_* or eva* model")
     try:
-        module = timm.create_model(name, pretrained=True, num_classes=0, **architecture.args)
-    except (TypeError, AssertionError) as error:
-        raise InputError(f"{spec}: timm cannot build it ({error})") from error
+        module = cast(Encoder, create_pooled(name, architecture.args, pretrained=True))
+    except InputError:
+        raise
     except (RuntimeError, OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [repr(error)])[0]
         raise InputError(f"{spec}: no released weights to be had ({reason}); try ?pretrained=false&seed=0") from error
-    check_encoder(module)
     return module
 
 
@@ -262,7 +288,7 @@ def _from_named(root: Path, which: str | None, spec: str) -> LoadedEncoder:
         checkpoint = latest_checkpoint(root)
         if checkpoint is None:
             raise InputError(f"{spec}: no checkpoint of the run can be read")
-        return _from_checkpoint(checkpoint, spec, verify=False)
+        return replace(_from_checkpoint(checkpoint, spec, verify=False), chosen=is_chosen(checkpoint, newest=True))
     if which == "best":
         step = best_step(root)
     else:
@@ -292,21 +318,26 @@ def _from_checkpoint(path: Path, spec: str, verify: bool = True) -> LoadedEncode
         act_layer=config.act_layer or ("gelu_tanh" if second_form else None),
         init_values=1e-5 if config.init_values is None else config.init_values,
     )
-    return _assemble(architecture, found.tensors, preprocessing, spec, step=meta["step"], license=meta.get("license"))
+    loaded = _assemble(architecture, found.tensors, preprocessing, spec, step=meta["step"], license=meta.get("license"))
+    return replace(loaded, chosen=is_chosen(path))
 
 
 def _from_timm_folder(path: Path, config: dict[str, Any], spec: str) -> LoadedEncoder:
     """A timm `local-dir:` folder, ours or anybody's."""
     args = {k: v for k, v in config.get("model_args", {}).items() if k not in ("num_classes", "pretrained")}
-    architecture = Architecture(config["architecture"], args | {"dynamic_img_size": True})
+    architecture = _architecture(config["architecture"], args)
     tensors = _folder_tensors(path, spec)
-    loaded = _assemble(architecture, tensors, Preprocessing(0), spec)
+    loaded = (_assemble if is_vit(architecture.name) else _assemble_pooled)(
+        architecture, tensors, Preprocessing(0), spec
+    )
     cfg = config.get("pretrained_cfg", {})
-    preprocessing = _preprocessing_of_timm(cfg, loaded.module)
+    preprocessing = _preprocessing_of_timm(cfg, loaded.module, architecture)
     if (path / "preprocessor_config.json").is_file():
         values = _value_range(_read_json(path / "preprocessor_config.json"))
         preprocessing = replace(preprocessing, value_range=values)
-    return replace(loaded, preprocessing=preprocessing, license=cfg.get("license") or _license(path))
+    newest = checkpoint_steps(path.parent / "checkpoints")[-1:]  # a run's own encoder/ is made of its newest step
+    chosen = any(is_chosen(checkpoint_path(path.parent / "checkpoints", step), newest=True) for step in newest)
+    return replace(loaded, preprocessing=preprocessing, license=cfg.get("license") or _license(path), chosen=chosen)
 
 
 def _from_open_clip_folder(path: Path, options: dict[str, Any], spec: str) -> LoadedEncoder:
@@ -395,6 +426,20 @@ def _assemble(
     return LoadedEncoder(module, architecture, preprocessing, spec, license, step, report)
 
 
+def _assemble_pooled(
+    architecture: Architecture, tensors: Mapping[str, Tensor], preprocessing: Preprocessing, spec: str
+) -> LoadedEncoder:
+    """A model of timm that is no plain ViT, with exactly its weights; those of a classifier are left out."""
+    module = architecture.build()
+    wanted = module.state_dict()
+    missing = sorted(name for name in wanted if name not in tensors or tensors[name].shape != wanted[name].shape)
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(f"{spec}: the weights do not fit {architecture.name}: {missing[0]}{more}")
+    module.load_state_dict({name: tensors[name] for name in wanted})
+    return LoadedEncoder(module, architecture, preprocessing, spec)
+
+
 def _folder_tensors(path: Path, spec: str, names: Sequence[str] = _WEIGHTS) -> dict[str, Tensor]:
     """The weights of a folder, one file or several with an index."""
     for name in names:
@@ -432,8 +477,12 @@ def _default_preprocessing(architecture: Architecture) -> Preprocessing:
     return Preprocessing(size[0], mean, std, image_width=_width(size))
 
 
-def _preprocessing_of_timm(cfg: Mapping[str, Any], module: Encoder) -> Preprocessing:
-    channels, size = module.patch_embed.proj.in_channels, module.patch_embed.img_size
+def _preprocessing_of_timm(cfg: Mapping[str, Any], module: Encoder, architecture: Architecture) -> Preprocessing:
+    if is_vit(architecture.name):
+        channels, size = module.patch_embed.proj.in_channels, module.patch_embed.img_size
+    else:
+        named = cfg.get("input_size") or module.pretrained_cfg["input_size"]
+        channels, size = architecture.args.get("in_chans", 3), _pair(architecture.args.get("img_size", named[1:]))
     mean, std = _statistics(cfg.get("mean", IMAGENET_MEAN), cfg.get("std", IMAGENET_STD), channels)
     stated = tuple(cfg.get("input_size", (0, 0, 0)))[1:]
     width = _width(stated if stated[0] == size[0] else size)

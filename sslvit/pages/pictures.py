@@ -24,6 +24,7 @@ from sslvit.data.bad_files import BadImage
 from sslvit.data.crops import eval_transform, make_views, min_side
 from sslvit.data.decode import decode
 from sslvit.data.photometry import apply, normalize
+from sslvit.data.records import as_classes
 from sslvit.data.sources import Source, open_source
 from sslvit.encoder.vit import class_attention_maps, forward_tokens, patch_grid
 from sslvit.encoder.weights import LoadedEncoder, load_encoder
@@ -355,11 +356,12 @@ def neighbour_strips(gallery: Gallery) -> list[Strip]:
 def worst_strips(gallery: Gallery) -> list[Strip]:
     """The images whose neighbours vote most surely for another class, and those neighbours; for the first label."""
     source = gallery.sample.source
-    classes = (name for name, values in source.labels.items() if values.ndim == 1 and values.dtype.kind == "i")
+    readable = {name: as_classes(values) for name, values in source.labels.items()}
+    classes = (name for name, values in readable.items() if values.ndim == 1 and values.dtype.kind == "i")
     label = next(classes, None)
     if label is None:
         return []
-    found = misplaced(gallery.features, source.labels[label][gallery.sample.places])[:NUM_WORST]
+    found = misplaced(gallery.features, readable[label][gallery.sample.places])[:NUM_WORST]
     if not found:
         return []
     names = Labels({label: np.array([one.said for one in found])}, source.class_names)
@@ -397,10 +399,13 @@ class Labels:
         said = []
         for label, values in self.values.items():
             value, names = values[place], self.names.get(label)
-            if np.ndim(value) == 0 and value >= 0:
+            if np.ndim(value) == 1:
+                there = np.flatnonzero(value > 0).tolist()
+                said.append(" ".join(str(names[i]) if names else str(i) for i in there))
+            elif value >= 0:
                 name = str(names[int(value)]) if names and value < len(names) else f"{value:g}"
                 said.append(f"{label} {name}" if name.replace(".", "").isdigit() else name)
-        return printable(", ".join(said))[:60]
+        return printable(", ".join(filter(None, said)))[:60]
 
 
 def _thumbnails(record: RunRecord, asked: Sequence[str], pictures: Pictures) -> None:

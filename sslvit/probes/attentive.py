@@ -16,10 +16,12 @@ from torch.nn.functional import cross_entropy
 
 from sslvit.probes.features import Examples, choose_indices
 from sslvit.probes.linear import batches, choice_split
+from sslvit.probes.unfinished import Unfinished
 
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 NUM_QUERIES = 8
 MAX_BYTES = 4 * 2**30  # of training tokens kept in memory, float16
+MAX_LOGITS = 2**26  # at once
 PROTOCOL = f"attentive (Efficient Probing): {NUM_QUERIES} queries on patches, AdamW, cosine, chosen on 10% of train"
 
 
@@ -69,6 +71,7 @@ def fit(
     batch_size: int,
     device: torch.device,
     learning_rates: Sequence[float] = LEARNING_RATES,
+    unfinished: Unfinished | None = None,
 ) -> tuple[AttentiveHeads, int, np.ndarray]:
     """Train all heads on 90% of `tokens` (n, N, D), `labels` (n,): the heads, the chosen one, the classes."""
     classes, ids = np.unique(labels, return_inverse=True)
@@ -77,7 +80,11 @@ def fit(
     heads = AttentiveHeads(len(learning_rates), tokens.shape[2], len(classes), seed).to(device)
     rates = torch.tensor(learning_rates, device=device)
     moments = {p: (torch.zeros_like(p), torch.zeros_like(p)) for p in heads.parameters()}
-    for step, order in enumerate(batches(len(fitting), batch_size, steps, seed)):
+    named = {name: (parameter, *moments[parameter]) for name, parameter in heads.named_parameters()}
+    state = {f"{name}.{i}": tensor for name, tensors in named.items() for i, tensor in enumerate(tensors)}
+    unfinished = unfinished or Unfinished()
+    first = unfinished.resume("heads", state)
+    for step, order in enumerate(batches(len(fitting), batch_size, steps, seed, first), first):
         index = torch.from_numpy(fitting[order])
         logits = heads(tokens[index].to(device).float())
         y = targets[index].to(device)
@@ -85,13 +92,26 @@ def fit(
         gradients = torch.autograd.grad(loss, list(moments))
         scale = min(1.0, (step + 1) / max(1, steps // 20)) * 0.5 * (1 + np.cos(np.pi * step / steps))
         _adam_step(moments, gradients, rates * scale, step + 1)
-    logits = predict(heads, tokens[torch.from_numpy(choosing)], device)
-    y = targets[choosing]
-    merits = [
-        ((one.argmax(dim=1) == y).float().mean().item(), -cross_entropy(one, y).item(), -i)
-        for i, one in enumerate(logits)
-    ]
+        unfinished.offer("heads", state, {"step": step + 1})
+    right, losses = _merits(heads, tokens, targets, torch.from_numpy(choosing), device)
+    merits = [(one, -other, -i) for i, (one, other) in enumerate(zip(right, losses, strict=True))]
     return heads, -max(merits)[2], classes
+
+
+def _merits(
+    heads: AttentiveHeads, tokens: Tensor, targets: Tensor, chosen: Tensor, device: torch.device
+) -> tuple[list[float], list[float]]:
+    """Right answers and summed cross-entropy of each head on the `chosen` images."""
+    right, loss = (torch.zeros(len(heads.bias), dtype=torch.float64) for _ in range(2))
+    for rows in chosen.split(_rows_at_once(heads)):
+        logits, y = predict(heads, tokens[rows], device), targets[rows]
+        right += (logits.argmax(dim=2) == y).sum(dim=1)
+        loss += torch.stack([cross_entropy(one, y, reduction="sum") for one in logits])
+    return right.tolist(), loss.tolist()
+
+
+def _rows_at_once(heads: AttentiveHeads) -> int:
+    return max(1, min(512, MAX_LOGITS // heads.bias.numel()))
 
 
 @torch.no_grad()
@@ -109,4 +129,4 @@ def _adam_step(
 @torch.no_grad()
 def predict(heads: AttentiveHeads, tokens: Tensor, device: torch.device) -> Tensor:
     """Logits (H, n, C) on the CPU."""
-    return torch.cat([heads(part.to(device).float()).cpu() for part in tokens.split(512)], dim=1)
+    return torch.cat([heads(part.to(device).float()).cpu() for part in tokens.split(_rows_at_once(heads))], dim=1)

@@ -19,9 +19,12 @@ SCALE = (0.08, 1.0)
 
 
 def crop_batches(
-    examples: Examples, rows: np.ndarray, batch_size: int, seed: int, *, num_crops: int = 1
+    examples: Examples, rows: np.ndarray, batch_size: int, seed: int, *, num_crops: int = 1, first: int = 0
 ) -> Iterator[tuple[Tensor, np.ndarray]]:
-    """Endless (crops (G, B, C, H, W) uint8, rows (B,)) of the images at `rows` of examples.features."""
+    """Endless (crops (G, B, C, H, W) uint8, rows (B,)) of the images at `rows` of examples.features.
+
+    `first`: how many batches are left out. Resumable between two when this process was asked to stop.
+    """
     preprocessing, subset = examples.preprocessing, Subset(examples.source, examples.features.indices[rows])
     crops = CropsConfig(num_global=num_crops, global_scale=list(SCALE), num_local=0)
     loader = Loader(
@@ -35,17 +38,21 @@ def crop_batches(
         num_workers=examples.extraction.num_workers,
         value_range=preprocessing.value_range,
     )
+    loader.seek(first * min(batch_size, len(rows)))
     for views, _ in loader:
         yield views.global_crops, rows[views.sample_ids.numpy()]
+        examples.unfinished.check()
 
 
 def linear_stream(
-    examples: Examples, labels: np.ndarray, rows: np.ndarray, seed: int, batch_size: int
+    examples: Examples, labels: np.ndarray, rows: np.ndarray, seed: int, batch_size: int, first: int = 0
 ) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """Endless batches for the linear grid: one (B, D) per variant of `linear.input_variants`, and targets (B,)."""
+    """Endless batches for the linear grid, from batch `first` on: a (B, D) for each of `linear.input_variants`, and
+    targets (B,).
+    """
     targets = torch.from_numpy(np.unique(labels, return_inverse=True)[1]).to(examples.device)
     num_blocks = len(examples.features.blocks)
-    for crops, batch_rows in crop_batches(examples, rows, batch_size, seed):
+    for crops, batch_rows in crop_batches(examples, rows, batch_size, seed, first=first):
         layers = examples.encode(crops[0], num_blocks)
         blocks = [tokens.cls for tokens in layers]
         inputs = [blocks[0]] if num_blocks == 1 else [blocks[0], torch.cat(blocks, dim=1)]

@@ -6,6 +6,9 @@ index (Hubert & Arabie 1985), both from the table of how many images fall in eac
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import faiss
 import numpy as np
 
@@ -32,28 +35,43 @@ def kmeans(features: np.ndarray, num_clusters: int, seed: int) -> np.ndarray:
     return algorithm.index.search(unit, 1)[1][:, 0]
 
 
-def contingency(labels: np.ndarray, clusters: np.ndarray) -> np.ndarray:
-    """(classes, clusters): how many images are in both."""
-    classes, rows = np.unique(labels, return_inverse=True)
+class Cells(NamedTuple):
+    """The cells of a table of classes x clusters that hold an image: their places and counts, each (m,), m <= n."""
+
+    classes: np.ndarray
+    clusters: np.ndarray
+    counts: np.ndarray
+
+
+def contingency(labels: np.ndarray, clusters: np.ndarray) -> Cells:
+    """How many of the n images are in each (class, cluster); the whole table is never made, it may be larger than n."""
+    _, rows = np.unique(labels, return_inverse=True)
     groups, columns = np.unique(clusters, return_inverse=True)
-    flat = np.bincount(rows * len(groups) + columns, minlength=len(classes) * len(groups))
-    return flat.reshape(len(classes), len(groups))
+    places, counts = np.unique(rows * len(groups) + columns, return_counts=True)
+    return Cells(*np.divmod(places, len(groups)), counts)
 
 
-def normalised_mutual_information(table: np.ndarray) -> float:
-    """0..1 from a table of counts (classes, clusters); 1 when both have one group only."""
-    p = table / table.sum()
-    rows, columns = p.sum(axis=1), p.sum(axis=0)
+def resampled(cells: Cells, num_resamples: int, generator: np.random.Generator) -> Iterator[Cells]:
+    """The cells of as many images drawn with replacement, one draw after the other."""
+    num_images = int(cells.counts.sum())
+    for _ in range(num_resamples):
+        yield cells._replace(counts=generator.multinomial(num_images, cells.counts / num_images))
+
+
+def normalised_mutual_information(cells: Cells) -> float:
+    """0..1; 1 when both have one group only."""
+    p = cells.counts / cells.counts.sum()
+    rows, columns = np.bincount(cells.classes, p), np.bincount(cells.clusters, p)
     entropy = (_entropy(rows) + _entropy(columns)) / 2
-    mutual = _entropy(rows) + _entropy(columns) - _entropy(p.ravel())
+    mutual = _entropy(rows) + _entropy(columns) - _entropy(p)
     return float(max(mutual, 0.0) / entropy) if entropy > 1e-12 else 1.0
 
 
-def adjusted_rand_index(table: np.ndarray) -> float:
-    """At most 1, 0 by chance, from a table of counts (classes, clusters); 1 when the groupings agree."""
-    together = _pairs(table.ravel())
-    rows, columns = _pairs(table.sum(axis=1)), _pairs(table.sum(axis=0))
-    expected = rows * columns / max(_pairs(np.array([table.sum()])), 1.0)
+def adjusted_rand_index(cells: Cells) -> float:
+    """At most 1, 0 by chance; 1 when the groupings agree."""
+    together = _pairs(cells.counts)
+    rows, columns = (_pairs(np.bincount(place, cells.counts)) for place in (cells.classes, cells.clusters))
+    expected = rows * columns / max(_pairs(np.array([cells.counts.sum()])), 1.0)
     largest = (rows + columns) / 2
     return float((together - expected) / (largest - expected)) if abs(largest - expected) > 1e-12 else 1.0
 

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from sslvit.probes.unfinished import Unfinished
+
 MAX_SCORES = 2**24  # computed at a time
 PATIENCE = 6  # stop the search after this many larger C without a better merit
+UNTIL = f"from the smallest up until {PATIENCE} in a row are no better"  # what a protocol says of it
 
 Slopes = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Merit = Callable[[Tensor, Tensor, Tensor], tuple[float, ...]]  # x, y, solution -> the larger the better
@@ -69,10 +72,11 @@ def minimise(
     *,
     tolerance: float = 1e-7,
     max_steps: int = 1000,
+    unfinished: Unfinished | None = None,
 ) -> Tensor:
     """The minimum (D + 1, C) for one C (`strength`), from `start`, else from zeros as wide as the targets (n, C).
 
-    Ends when no entry of the gradient exceeds `tolerance`, or after `max_steps` rounds.
+    Ends when no entry of the gradient exceeds `tolerance`, or after `max_steps` rounds. Resumable between two of them.
     """
     solution = (zeros(x, y.shape[1]) if start is None else start.clone()).requires_grad_()
     optimizer = torch.optim.LBFGS(
@@ -87,6 +91,8 @@ def minimise(
 
     @torch.no_grad()
     def closure() -> Tensor:
+        if unfinished is not None:
+            unfinished.check()
         loss, gradient = loss_and_gradient(x, y, solution, slopes)
         gradient[:-1] += decay * solution[:-1]
         solution.grad = gradient
@@ -110,19 +116,25 @@ def best_strength(
     start: Tensor,
     *,
     max_steps: int = 1000,
+    unfinished: Unfinished | None = None,
 ) -> float:
     """The C of `grid` whose minimum on the `fitting` rows (x, y) has the best merit on the `choosing` rows.
 
     From the smallest up, each started from the one before, until PATIENCE in a row are no better; ties by the smaller.
     """
+    unfinished = unfinished or Unfinished()
     best: tuple[float, ...] | None = None
-    chosen, since_best = min(grid), 0
-    for strength in sorted(grid):
-        start = minimise(*fitting, slopes, strength, start, tolerance=1e-5, max_steps=max_steps)
-        found = merit(*choosing, start)
-        since_best += 1
-        if best is None or found > best:
-            best, chosen, since_best = found, strength, 0
+    chosen, since_best, done = min(grid), 0, 0
+    if (put_aside := unfinished.load("strengths")) is not None:
+        start, facts = put_aside[0]["solution"].to(start), put_aside[1]
+        best, chosen, since_best, done = tuple(facts["best"]), facts["chosen"], facts["since_best"], facts["done"]
+    for strength in sorted(grid)[done:]:
         if since_best >= PATIENCE:
             break
+        start = minimise(*fitting, slopes, strength, start, tolerance=1e-5, max_steps=max_steps, unfinished=unfinished)
+        found, done, since_best = merit(*choosing, start), done + 1, since_best + 1
+        if best is None or found > best:
+            best, chosen, since_best = found, strength, 0
+        facts = {"best": best, "chosen": chosen, "since_best": since_best, "done": done}
+        unfinished.offer("strengths", {"solution": start}, facts)
     return chosen

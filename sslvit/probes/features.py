@@ -27,9 +27,11 @@ from sslvit.data.photometry import normalize
 from sslvit.data.sources import Source
 from sslvit.distributed import native_bf16
 from sslvit.encoder.config import Preprocessing
-from sslvit.encoder.vit import Tokens, forward_layers
-from sslvit.errors import InputError
+from sslvit.encoder.vit import Tokens, forward_layers, forward_pooled, is_pooled, patch_grid
+from sslvit.errors import InputError, Resumable
+from sslvit.probes.unfinished import Parts, Unfinished
 from sslvit.run_folder import partial_of
+from sslvit.signals import StopFlag
 
 CACHE_VERSION = 1
 NUM_BLOCKS = 4  # what the linear grid reads
@@ -48,6 +50,9 @@ class Extraction:
     num_images: int | None = None  # at most this many, a sample keyed by seed
     seed: int = 0
     cache_dir: Path | None = None
+    parts_dir: Path | None = None  # where unfinished features are put aside; None: cache_dir
+    class_token_only: bool = False  # of the last block: all that `embed` writes
+    stop: StopFlag | None = None  # looked at between batches
     progress: Progress | None = None
 
 
@@ -56,7 +61,8 @@ class Features:
     """What the encoder says about n images. Arrays are float32 and not normalised.
 
     blocks: per block, the last one first, (n, D): the class token after the final norm (mean patch without one).
-    mean_patch: (n, D), the mean of the last block's normed patches; equal to blocks[0] without a class token.
+    mean_patch: (n, D), the mean of the last block's normed patches; equal to blocks[0] without a class token, and
+    (n, 0) where nothing but class tokens was asked for.
     indices: (n,) place of each image in its source; images that could not be read are missing.
     labels: name -> (n,), empty without labels; class_names: name -> names of the classes 0, 1, ...
     """
@@ -121,21 +127,30 @@ class Examples:
     ) -> None:
         self.source, self.module, self.extraction, self.fingerprint = source, module, extraction, fingerprint
         self.preprocessing, self._digest = preprocessing, digest
+        self.unfinished = Unfinished(stop=extraction.stop)  # of what is fitted to these images
         if module is None:
             self.preprocessing = Preprocessing(PIXEL_SIZE, (0.5,) * 3, (0.5,) * 3)
         self.device = torch.device(extraction.device)
 
     @cached_property
     def features(self) -> Features:
-        """Features of every readable image. InputError when there is none, or one has features that are not finite."""
-        entry = self._cache_entry()
-        raw = None if entry is None else _read_entry(entry)
+        """Features of every readable image. InputError when there is none, or one has features that are not finite.
+
+        Resumable when this process was asked to stop: what is extracted is put aside, and the same call goes on there.
+        """
+        entry, parts = self._cache_entry(), self._parts()
+        raw = self._read_cache()
         if raw is None:
             with memory.kept(self.device):
-                raw = self._extract()
-            _check_finite(raw, self.source)
+                raw = self._extract(parts)
+            try:
+                _check_finite(raw, self.source)
+            except InputError:
+                parts.remove()
+                raise
             if entry is not None:
                 _write_entry(entry, raw)
+                parts.remove()
         raw.names = [self.source.name(int(i)) for i in raw.indices]
         raw.labels = {name: np.asarray(values)[raw.indices] for name, values in self.source.labels.items()}
         raw.class_names = dict(self.source.class_names)
@@ -150,6 +165,7 @@ class Examples:
             self.extraction,
             self.fingerprint,
         )
+        part.unfinished = self.unfinished
         whole = self.features
         every = len(rows) == len(whole)
         part.features = Features(
@@ -173,6 +189,13 @@ class Examples:
         """Places in the source of the images that are used, (n,) int64, readable or not."""
         return choose_indices(len(self.source), self.extraction.num_images, self.extraction.seed)
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of an image's patches."""
+        if self.module is None:
+            return (PIXEL_SIZE // PIXEL_PATCH,) * 2
+        return patch_grid(self.module, self.preprocessing.size)
+
     def tokens(self, indices: np.ndarray, num_blocks: int = 1) -> Iterator[tuple[list[Tokens], np.ndarray]]:
         """(tokens of the last blocks, the last one first, on the device; their indices) batch by batch, in order."""
         batches = clean_batches(
@@ -184,6 +207,7 @@ class Examples:
             done += len(images)
             if self.extraction.progress is not None:
                 self.extraction.progress(done, len(indices))
+            self.unfinished.check()
 
     def encode(self, images: Tensor, num_blocks: int = 1) -> list[Tokens]:
         """Tokens of uint8 images (B, C, H, W), float32, of the last blocks, the last one first."""
@@ -193,49 +217,110 @@ class Examples:
             return [_pixel_tokens(pixels)]
         return forward_clean(self.module, pixels, num_blocks, self.extraction.precision)
 
-    def _extract(self) -> Features:
-        num_blocks = 1 if self.module is None else min(NUM_BLOCKS, len(self.module.blocks))  # type: ignore[arg-type]
+    @property
+    def _num_blocks(self) -> int:
+        if self.module is None or self.extraction.class_token_only or is_pooled(self.module):
+            return 1
+        return min(NUM_BLOCKS, len(self.module.blocks))  # type: ignore[arg-type]
+
+    def _extract(self, parts: Parts) -> Features:
+        """Part by part; batches are the same ones wherever it goes on."""
         if self.module is not None:
             self.module.to(self.device)
-        blocks: list[list[np.ndarray]] = [[] for _ in range(num_blocks)]
-        patches, kept = [], []
-        has_class_token = False
-        for layers, indices in self.tokens(self.selection, num_blocks):
-            for block, tokens in zip(blocks, layers, strict=True):
-                block.append(_array(tokens.cls if self.module is not None else tokens.patches.flatten(1)))
-            patches.append(_array(layers[0].mean_patch))
-            has_class_token = layers[0].has_class_token
-            kept.append(indices)
-        if not kept:
-            raise InputError(f"{self.source.spec} has no readable image; `sslvit check-data` lists the reasons")
-        stacked = [np.concatenate(blocks.pop(0)) for _ in range(num_blocks)]  # one block at a time is held twice
-        mean_patch = np.concatenate(patches) if has_class_token else stacked[0]
-        return Features(stacked, mean_patch, has_class_token, np.concatenate(kept))
+        done, start = parts.read()
+        reached = start
+        fresh: list[dict[str, np.ndarray]] = []
+        if start:
+            print(f"{self.source.spec}: going on from image {start} of {len(self.selection)}", flush=True)
 
-    def _cache_entry(self) -> Path | None:
-        if self.extraction.cache_dir is None or self.fingerprint is None:
+        def put_aside() -> None:
+            nonlocal fresh, start
+            if fresh:
+                done.append(_joined(fresh))
+                parts.write(start, reached, done[-1])
+                fresh, start = [], reached
+
+        try:
+            for layers, indices in self.tokens(self.selection[start:], self._num_blocks):
+                fresh.append(self._arrays(layers) | {"indices": indices})
+                reached = self._end_of_batch(indices[-1], reached)
+                if parts.due(sum(len(part["indices"]) for part in fresh)):
+                    put_aside()
+        except Resumable as stopped:
+            put_aside()
+            raise type(stopped)(f"{stopped} ({reached} of {len(self.selection)} images are done)") from stopped
+        parts_of_all = [*done, *fresh]
+        if not parts_of_all:
+            raise InputError(f"{self.source.spec} has no readable image; `sslvit check-data` lists the reasons")
+        return _as_features(_joined(parts_of_all))
+
+    def _arrays(self, layers: list[Tokens]) -> dict[str, np.ndarray]:
+        """What is kept of one batch, as in the cache; mean_patch where it differs from the class token."""
+        if self.module is None:
+            return {"block_0": _array(layers[0].patches.flatten(1))}
+        arrays = {f"block_{number}": _array(tokens.cls) for number, tokens in enumerate(layers)}
+        if layers[0].has_class_token:
+            one = layers[0]
+            arrays["mean_patch"] = _array(one.cls[:, :0] if self.extraction.class_token_only else one.mean_patch)
+        return arrays
+
+    def _end_of_batch(self, last: int, reached: int) -> int:
+        """Where in the selection the batch of image `last` ends; images before and after it may be unreadable."""
+        place, size = int(np.searchsorted(self.selection, last)), self.extraction.batch_size
+        return min(reached + ((place - reached) // size + 1) * size, len(self.selection))
+
+    def _cache_entry(self, class_token_only: bool | None = None) -> Path | None:
+        return self._place(self.extraction.cache_dir, class_token_only)
+
+    def _parts(self) -> Parts:
+        place = self._place(self.extraction.parts_dir or self.extraction.cache_dir)
+        return Parts(None if place is None else place.with_name(f"{place.name}.parts"))
+
+    def _place(self, folder: Path | None, class_token_only: bool | None = None) -> Path | None:
+        """In `folder`, a name that says everything the features depend on."""
+        if folder is None or self.fingerprint is None:
             return None
+        only = self.extraction.class_token_only if class_token_only is None else class_token_only
         facts = [
             CACHE_VERSION,
             self.fingerprint,
             asdict(self.preprocessing),
-            NUM_BLOCKS,
+            1 if only else NUM_BLOCKS,
             self.extraction.precision,
             self.digest,
         ]
-        return self.extraction.cache_dir / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
+        return folder / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
+
+    def _read_cache(self) -> Features | None:
+        """Stored features; those with all blocks serve where class tokens are all that is asked for."""
+        for only in sorted({self.extraction.class_token_only, False}):
+            entry = self._cache_entry(only)
+            if entry is not None and (found := _read_entry(entry)) is not None:
+                return found
+        return None
+
+
+def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The arrays of consecutive parts, put together; one array at a time is held twice, and `parts` is used up."""
+    return {name: np.concatenate([part.pop(name) for part in parts]) for name in list(parts[0])}
+
+
+def _as_features(arrays: dict[str, np.ndarray]) -> Features:
+    blocks = [arrays[f"block_{number}"] for number in range(sum(name.startswith("block_") for name in arrays))]
+    return Features(blocks, arrays.get("mean_patch", blocks[0]), "mean_patch" in arrays, arrays["indices"])
 
 
 @torch.no_grad()
 def forward_clean(module: nn.Module, pixels: Tensor, num_blocks: int, precision: str) -> list[Tokens]:
     """Tokens of the last blocks, the last one first, in float32; the module is in evaluation mode meanwhile.
 
-    Prefixes are copies: whoever keeps a class token would otherwise keep every patch of its batch in memory.
+    Of a model without class token or patches, its pooled features (B, D) stand for an only patch. Prefixes
+    are copies: whoever keeps a class token would otherwise keep every patch of its batch in memory.
     """
     was_training = module.training
     module.eval()
     with torch.autocast(pixels.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        layers = forward_layers(module, pixels, num_blocks)
+        layers = [forward_pooled(module, pixels)] if is_pooled(module) else forward_layers(module, pixels, num_blocks)
     module.train(was_training)
     return [
         Tokens(t.prefix.to(torch.float32, copy=True), t.patches.float(), t.has_class_token, t.normed)

@@ -13,7 +13,7 @@ fitted on all training images.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 
 from sslvit.probes.knn import check_features
+from sslvit.probes.unfinished import Unfinished
 
 LEARNING_RATES = (*(m * 10.0**e for e in (-5, -4, -3, -2) for m in (1, 2, 5)), 0.1)
 MOMENTUM = 0.9
 MAX_NUMBERS = 2**27  # weights or logits at once; with very many classes the grid is trained in parts
+MAX_STREAMED = 2**29  # the same for a stream of crops, where every part runs the encoder again
 PROTOCOL = "linear (DINOv2 grid): SGD .9, cosine, chosen on 10% of train, fitted on 90%"
 PROTOCOL_DINO = "linear (DINO): one head, SGD .9, lr .001 per 256, cosine, 100 epochs, all of train"
 PROTOCOL_MAE = "linear (MAE): batch norm without affine, LARS .1 per 256, warm-up 10 of 90 epochs, cosine, all of train"
@@ -87,15 +89,16 @@ def choice_split(labels: np.ndarray, seed: int, share: float = 0.1) -> tuple[np.
     return np.setdiff1d(np.arange(len(labels)), chosen), np.sort(chosen)
 
 
-def batches(num_images: int, batch_size: int, steps: int, seed: int) -> Iterator[np.ndarray]:
-    """`steps` batches of indices: reshuffled passes over the images, one after the other."""
+def batches(num_images: int, batch_size: int, steps: int, seed: int, first: int = 0) -> Iterator[np.ndarray]:
+    """Batches of indices `first` to `steps`: reshuffled passes over the images, one after the other."""
     size = min(batch_size, num_images)
     rest, epoch = np.empty(0, dtype=np.int64), 0
-    for _ in range(steps):
+    for step in range(steps):
         if len(rest) < size:
             rest = np.concatenate([rest, np.random.default_rng([seed, epoch]).permutation(num_images)])
             epoch += 1
-        yield rest[:size]
+        if step >= first:
+            yield rest[:size]
         rest = rest[size:]
 
 
@@ -130,6 +133,11 @@ class Heads:
         self.weight.addcmul_(self.weight_speed, rates, value=-1)
         self.bias.addcmul_(self.bias_speed, rates, value=-1)
 
+    def state(self) -> dict[str, Tensor]:
+        """All that a step changes."""
+        names = ("weight", "bias", "weight_speed", "bias_speed")
+        return {name: getattr(self, name) for name in names}
+
     def head(self, i: int) -> tuple[Tensor, Tensor]:
         """Weight (D, C) and bias (C,) of head `i`."""
         columns = slice(i * self.num_classes, (i + 1) * self.num_classes)
@@ -148,12 +156,42 @@ class Heads:
         return correct / len(inputs), loss / len(inputs)
 
 
-def train_heads(groups: Sequence[Heads], stream: Iterable[Batch], steps: int, batch_size: int) -> None:
-    """Train groups of heads on `steps` batches of a stream, one input per group; cosine from lr * batch / 256 to 0."""
-    for step, (inputs, targets) in zip(range(steps), stream, strict=False):
+def train_heads(
+    groups: Sequence[Heads],
+    stream: Iterable[Batch],
+    steps: int,
+    batch_size: int,
+    *,
+    first: int = 0,
+    after: Callable[[int], None] = lambda done: None,
+) -> None:
+    """Train groups of heads up to `steps` on a stream, one input per group; cosine from lr * batch / 256 to 0.
+
+    The stream begins with the batch of step `first`; `after` every step it is told how many are done.
+    """
+    for step, (inputs, targets) in zip(range(first, steps), stream, strict=False):
         scale = batch_size / 256 * 0.5 * (1 + np.cos(np.pi * step / steps))
         for heads, x in zip(groups, inputs, strict=True):
             heads.step(x, targets, scale)
+        after(step + 1)
+
+
+def train_resumably(
+    groups: Sequence[Heads],
+    stream: Callable[[int], Iterable[Batch]],
+    steps: int,
+    batch_size: int,
+    unfinished: Unfinished,
+    name: str,
+) -> None:
+    """`train_heads` from where it was put aside as `name`; stream(first) gives the batches from step `first` on."""
+    tensors = {f"{i}.{key}": value for i, heads in enumerate(groups) for key, value in heads.state().items()}
+    first = unfinished.resume(name, tensors)
+
+    def after(done: int) -> None:
+        unfinished.offer(name, tensors, {"step": done})
+
+    train_heads(groups, stream(first), steps, batch_size, first=first, after=after)
 
 
 def fit(
@@ -165,63 +203,129 @@ def fit(
     batch_size: int = 128,
     learning_rates: Sequence[float] = LEARNING_RATES,
     device: str | torch.device = "cpu",
+    unfinished: Unfinished | None = None,
 ) -> Head:
     """Train every head on 90% of the training features, choose one on the other 10%."""
     classes, ids = np.unique(labels, return_inverse=True)
     fitting, choosing = choice_split(ids, seed)
     size = min(batch_size, len(fitting))
-    device = torch.device(device)
+    device, unfinished = torch.device(device), unfinished or Unfinished()
     targets = torch.from_numpy(ids).to(device)
-    choice = Choice(classes)
-    for variant in variants:  # one after the other: only one copy of the features at a time
+    choice = Choice(classes, unfinished)
+    for number, variant in enumerate(variants):  # one after the other: only one copy of the features at a time
         check_features(*variant.parts)
         inputs = torch.from_numpy(variant.matrix()).to(device)
-        for rates in _affordable(learning_rates, max(inputs.shape[1], size) * len(classes)):
+
+        def stream(first: int, inputs: Tensor = inputs) -> Iterator[Batch]:
+            for rows in batches(len(fitting), size, steps, seed, first):
+                index = torch.from_numpy(fitting[rows]).to(device)
+                yield [inputs[index]], targets[index]
+
+        for rates in _affordable(learning_rates, max(inputs.shape[1], size) * len(classes), MAX_NUMBERS):
+            name = f"heads-{number}-{rates[0]:g}"
+            if choice.has_considered(name):
+                continue
             heads = Heads(inputs.shape[1], len(classes), rates, seed, device)
-            order = (torch.from_numpy(fitting[i]).to(device) for i in batches(len(fitting), size, steps, seed))
-            train_heads([heads], (([inputs[i]], targets[i]) for i in order), steps, size)
+            train_resumably([heads], stream, steps, size, unfinished, name)
             choice.consider(variant.name, heads, rates, inputs[choosing], targets[choosing])
+            choice.put_aside(name)
     return choice.made()
 
 
-def _affordable(learning_rates: Sequence[float], numbers_per_head: int) -> list[Sequence[float]]:
-    """The learning rates in groups that are trained at once: all, unless weights or logits exceed MAX_NUMBERS."""
-    at_once = max(1, min(len(learning_rates), MAX_NUMBERS // numbers_per_head))
+def _affordable(learning_rates: Sequence[float], numbers_per_head: int, limit: int) -> list[Sequence[float]]:
+    """The learning rates in groups that are trained at once: all, unless weights or logits exceed the limit."""
+    at_once = max(1, min(len(learning_rates), limit // numbers_per_head))
     return [learning_rates[i : i + at_once] for i in range(0, len(learning_rates), at_once)]
+
+
+@dataclass(frozen=True)
+class _Share:
+    """Some heads of the grid, trained in the same pass as others: the variant they read and their learning rates."""
+
+    variant: int
+    rates: Sequence[float]
+
+
+def _passes(widths: Sequence[int], num_classes: int, size: int) -> list[list[_Share]]:
+    """The whole grid in as few passes as keep to MAX_STREAMED numbers each."""
+    passes: list[list[_Share]] = [[]]
+    held = 0
+    for variant, width in enumerate(widths):
+        per_head = max(width, size) * num_classes
+        for rates in _affordable(LEARNING_RATES, per_head, MAX_STREAMED):
+            if passes[-1] and held + len(rates) * per_head > MAX_STREAMED:
+                passes.append([])
+                held = 0
+            passes[-1].append(_Share(variant, rates))
+            held += len(rates) * per_head
+    return passes
 
 
 def fit_stream(
     variants: Sequence[Inputs],
     labels: np.ndarray,
-    stream: Iterable[Batch],
+    stream: Callable[[int], Iterable[Batch]],
     choosing: np.ndarray,
     *,
     seed: int = 0,
     steps: int = 12_500,
     batch_size: int = 128,
     device: str | torch.device = "cpu",
+    unfinished: Unfinished | None = None,
 ) -> Head:
-    """As `fit`, on a `stream` of augmented batches; `variants` of clean features serve for the choice on `choosing`."""
+    """As `fit`, on a stream of augmented batches of `batch_size` images; stream(first) begins with batch `first`.
+
+    `variants` of clean features serve for the choice on `choosing`.
+    """
     classes, ids = np.unique(labels, return_inverse=True)
-    device = torch.device(device)
+    device, unfinished = torch.device(device), unfinished or Unfinished()
     widths = [sum(part.shape[1] for part in variant.parts) for variant in variants]
-    groups = [Heads(width, len(classes), LEARNING_RATES, seed, device) for width in widths]
-    train_heads(groups, stream, steps, batch_size)
     targets = torch.from_numpy(ids[choosing]).to(device)
-    choice = Choice(classes)
-    for variant, heads in zip(variants, groups, strict=True):
-        inputs = torch.from_numpy(np.concatenate([part[choosing] for part in variant.parts], axis=1)).to(device)
-        choice.consider(variant.name, heads, LEARNING_RATES, inputs, targets)
+    choice = Choice(classes, unfinished)
+    for number, shares in enumerate(_passes(widths, len(classes), batch_size)):
+        name = f"heads-{number}"
+        if choice.has_considered(name):
+            continue
+        groups = [Heads(widths[share.variant], len(classes), share.rates, seed, device) for share in shares]
+
+        def read(first: int, shares: Sequence[_Share] = shares) -> Iterator[Batch]:
+            for inputs, batch_targets in stream(first):
+                yield [inputs[share.variant] for share in shares], batch_targets
+
+        train_resumably(groups, read, steps, batch_size, unfinished, name)
+        for share, heads in zip(shares, groups, strict=True):
+            variant = variants[share.variant]
+            inputs = torch.from_numpy(np.concatenate([part[choosing] for part in variant.parts], axis=1)).to(device)
+            choice.consider(variant.name, heads, share.rates, inputs, targets)
+        choice.put_aside(name)
     return choice.made()
 
 
 class Choice:
     """Keeps the head with the best accuracy on the choosing images; ties by cross-entropy, then the first."""
 
-    def __init__(self, classes: np.ndarray) -> None:
-        self.classes = classes
+    def __init__(self, classes: np.ndarray, unfinished: Unfinished) -> None:
+        self.classes, self.unfinished = classes, unfinished
         self.merit: tuple[float, float] = (-1.0, -np.inf)
         self.head: Head | None = None
+        self.considered: list[str] = []
+        if (found := unfinished.load("choice")) is not None:
+            tensors, facts = found
+            parts = tensors["weight"].numpy(), tensors["bias"].numpy()
+            self.head = Head(facts["inputs"], facts["learning_rate"], *parts, classes)
+            self.merit, self.considered = tuple(facts["merit"]), facts["considered"]
+
+    def has_considered(self, name: str) -> bool:
+        """Whether the heads called so were judged before an interruption."""
+        return name in self.considered
+
+    def put_aside(self, name: str) -> None:
+        """Note that the heads called `name` are judged."""
+        self.considered.append(name)
+        head = self.made()
+        facts = {"inputs": head.inputs, "learning_rate": head.learning_rate, "merit": self.merit}
+        tensors = {"weight": torch.from_numpy(head.weight), "bias": torch.from_numpy(head.bias)}
+        self.unfinished.offer("choice", tensors, facts | {"considered": self.considered})
 
     def consider(self, name: str, heads: Heads, rates: Sequence[float], inputs: Tensor, targets: Tensor) -> None:
         """Score trained heads on the choosing images, `inputs` (n, D) and `targets` (n,)."""
@@ -239,7 +343,14 @@ class Choice:
         return self.head
 
 
-def fit_dino(inputs: Inputs, labels: np.ndarray, *, seed: int = 0, device: str | torch.device = "cpu") -> Head:
+def fit_dino(
+    inputs: Inputs,
+    labels: np.ndarray,
+    *,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    unfinished: Unfinished | None = None,
+) -> Head:
     """DINO's head on one input: batch 256, learning rate .001, 100 epochs."""
     check_features(*inputs.parts)
     classes, ids = np.unique(labels, return_inverse=True)
@@ -248,8 +359,13 @@ def fit_dino(inputs: Inputs, labels: np.ndarray, *, seed: int = 0, device: str |
     size = min(256, len(x))
     steps = max(1, 100 * len(x) // size)
     heads = Heads(x.shape[1], len(classes), [0.001], seed, device)
-    order = (torch.from_numpy(i).to(device) for i in batches(len(x), size, steps, seed))
-    train_heads([heads], (([x[i]], y[i]) for i in order), steps, size)
+
+    def stream(first: int) -> Iterator[Batch]:
+        for rows in batches(len(x), size, steps, seed, first):
+            index = torch.from_numpy(rows).to(device)
+            yield [x[index]], y[index]
+
+    train_resumably([heads], stream, steps, size, unfinished or Unfinished(), "head")
     weight, bias = heads.head(0)
     return Head(inputs.name, 0.001, weight.cpu().numpy(), bias.cpu().numpy(), classes)
 
@@ -259,7 +375,14 @@ def mae_batch_size(num_images: int) -> int:
     return min(16_384, max(1, num_images // 64))
 
 
-def fit_mae(inputs: Inputs, labels: np.ndarray, *, seed: int = 0, device: str | torch.device = "cpu") -> Head:
+def fit_mae(
+    inputs: Inputs,
+    labels: np.ndarray,
+    *,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    unfinished: Unfinished | None = None,
+) -> Head:
     """MAE's linear probe (arXiv:2111.06377, table 10): LARS on features normalised by the statistics of train.
 
     With features fixed, those statistics are what the running ones of its batch norm tend to. The norm is folded into
@@ -270,22 +393,36 @@ def fit_mae(inputs: Inputs, labels: np.ndarray, *, seed: int = 0, device: str | 
     device = torch.device(device)
     x, y = torch.from_numpy(inputs.matrix()).to(device), torch.from_numpy(ids).to(device)
     mean, scale = x.mean(dim=0), (x.var(dim=0, correction=0) + 1e-6).rsqrt()
-    generator = torch.Generator().manual_seed(seed)
+    generator, unfinished = torch.Generator().manual_seed(seed), unfinished or Unfinished()
     weight = torch.empty(x.shape[1], len(classes)).normal_(0, 0.01, generator=generator).to(device)
     bias = torch.zeros(len(classes), device=device)
     speeds = [torch.zeros_like(weight), torch.zeros_like(bias)]
+    state = {"weight": weight, "bias": bias, "weight_speed": speeds[0], "bias_speed": speeds[1]}
     size = mae_batch_size(len(x))
     per_epoch = max(1, len(x) // size)
-    for step, indices in enumerate(batches(len(x), size, 90 * per_epoch, seed)):
-        index = torch.from_numpy(indices).to(device)
-        batch = (x[index] - mean) * scale
-        error = (torch.addmm(bias, batch, weight)).softmax(dim=1)
-        error[torch.arange(size, device=device), y[index]] -= 1
+    first = unfinished.resume("head", state)
+    for step, indices in enumerate(batches(len(x), size, 90 * per_epoch, seed, first), first):
+        slope, bias_slope = _slopes(x, y, torch.from_numpy(indices).to(device), (mean, scale), weight, bias)
         rate = 0.1 * size / 256 * _mae_schedule(step / per_epoch)
-        _lars_step(weight, batch.T @ error / size, speeds[0], rate, adapt=True)
-        _lars_step(bias, error.mean(dim=0), speeds[1], rate, adapt=False)
+        _lars_step(weight, slope, speeds[0], rate, adapt=True)
+        _lars_step(bias, bias_slope, speeds[1], rate, adapt=False)
+        unfinished.offer("head", state, {"step": step + 1})
     folded = weight * scale[:, None]
     return Head(inputs.name, 0.1, folded.cpu().numpy(), (bias - mean @ folded).cpu().numpy(), classes)
+
+
+def _slopes(
+    x: Tensor, y: Tensor, index: Tensor, norm: tuple[Tensor, Tensor], weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients (D, C) and (C,) of the mean cross-entropy over the images at `index`, some of them at a time."""
+    slope, bias_slope = torch.zeros_like(weight), torch.zeros_like(bias)
+    for rows in index.split(max(1, MAX_NUMBERS // len(bias))):
+        inputs = (x[rows] - norm[0]) * norm[1]
+        error = torch.addmm(bias, inputs, weight).softmax(dim=1)
+        error[torch.arange(len(rows), device=x.device), y[rows]] -= 1
+        slope.addmm_(inputs.T, error, alpha=1 / len(index))
+        bias_slope += error.sum(dim=0) / len(index)
+    return slope, bias_slope
 
 
 def _mae_schedule(epoch: float) -> float:

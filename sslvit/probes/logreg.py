@@ -19,9 +19,13 @@ from torch.nn.functional import cross_entropy
 from sslvit.probes import convex
 from sslvit.probes.knn import check_features
 from sslvit.probes.linear import choice_split
+from sslvit.probes.unfinished import Unfinished
 
 GRID = tuple(float(c) for c in 10 ** np.linspace(-6, 5, 45))
-PROTOCOL = "logistic regression (DINOv2): L-BFGS, 45 values of C chosen on 10% of train, refitted on all of it"
+PROTOCOL = (
+    f"logistic regression (DINOv2): L-BFGS, C chosen on 10% of train of {len(GRID)} values, {convex.UNTIL}, "
+    "refitted on all of it"
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ def fit(
     seed: int = 0,
     grid: Sequence[float] = GRID,
     device: str | torch.device = "cpu",
+    unfinished: Unfinished | None = None,
 ) -> LogisticRegression:
     """Choose C on a split of `features` (n, D), `labels` (n,), then fit all of them."""
     check_features(features)
@@ -53,8 +58,9 @@ def fit(
     fitting, choosing = (torch.from_numpy(part).to(device) for part in choice_split(ids, seed))
     start, fit_on, choose_on = convex.zeros(x, len(classes)), (x[fitting], y[fitting]), (x[choosing], y[choosing])
     del x
-    chosen = convex.best_strength(fit_on, choose_on, convex.class_slopes, grid, _merit, start)
-    return fit_one(features, labels, chosen, device)
+    chosen = convex.best_strength(fit_on, choose_on, convex.class_slopes, grid, _merit, start, unfinished=unfinished)
+    del fit_on, choose_on
+    return fit_one(features, labels, chosen, device, unfinished)
 
 
 def _merit(x: Tensor, y: Tensor, solution: Tensor) -> tuple[float, float]:
@@ -69,13 +75,18 @@ def _merit(x: Tensor, y: Tensor, solution: Tensor) -> tuple[float, float]:
 
 
 def fit_one(
-    features: np.ndarray, labels: np.ndarray, strength: float, device: str | torch.device = "cpu"
+    features: np.ndarray,
+    labels: np.ndarray,
+    strength: float,
+    device: str | torch.device = "cpu",
+    unfinished: Unfinished | None = None,
 ) -> LogisticRegression:
     """The regression at one C (`strength`)."""
     classes, ids = np.unique(labels, return_inverse=True)
     x, basis = rotated(features)
     x, y = x.to(device), torch.from_numpy(ids).to(device)
-    solution = convex.minimise(x, y, convex.class_slopes, strength, convex.zeros(x, len(classes))).cpu()
+    start = convex.zeros(x, len(classes))
+    solution = convex.minimise(x, y, convex.class_slopes, strength, start, unfinished=unfinished).cpu()
     weight = solution[:-1] if basis is None else basis @ solution[:-1]
     return LogisticRegression(weight.numpy(), solution[-1].numpy(), classes, strength)
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from sslvit.data.records import is_known
 from sslvit.data.sources import Source
 from sslvit.errors import InputError
 from sslvit.probes import segmentation
@@ -19,15 +20,14 @@ from sslvit.probes.knn import check_features
 from sslvit.probes.protocols import fit_segmentation, measure_duplicates, measure_health, probe_for
 from sslvit.probes.scores import Score, mean_score, score
 
-UNKNOWN = -1  # no label: the image is left out
 WITHOUT_TRAIN = ("retrieval", "cluster")  # probes that are fitted on no image
-UNSEEN = -2  # a class that the training set does not name: always wrong
 
 
 def measure(name: str, train: Examples, val: Examples, config: EvaluateConfig) -> list[Score]:
     """The numbers of probe `name`: fitted on `train`, answering for `val` without its labels, scored once.
 
-    With several labels, each metric's mean over them comes first, then each by label.
+    The labels of both are those that `labels.agree` made of their sources. With several labels, each
+    metric's mean over them comes first, then each by label.
     """
     if name == "health":
         return measure_health(train, config)
@@ -89,32 +89,13 @@ def shared_labels(train: Source, val: Source) -> list[str]:
 
 
 def _measure_label(name: str, label: str, train: Examples, val: Examples, config: EvaluateConfig) -> list[Score]:
-    train_labels, names = train.features.labels[label], [one.source.class_names.get(label) for one in (val, train)]
-    val_labels = align_labels(val.features.labels[label], *names)
+    train_labels, val_labels = train.features.labels[label], val.features.labels[label]
     known, judged = is_known(train_labels), is_known(val_labels)
     if not known.any() or not judged.any():
         empty = (train if not known.any() else val).source.spec
         raise InputError(f"{empty}: label {label!r} is unknown for every image")
-    fitted = probe_for(name, train_labels, label)(
-        train.take(np.flatnonzero(known), labels=True), train_labels[known], config
-    )
+    part = train.take(np.flatnonzero(known), labels=True)
+    part.unfinished = train.unfinished.named(label)
+    fitted = probe_for(name, train_labels, label)(part, train_labels[known], config)
     answers = fitted(val.take(np.flatnonzero(judged), labels=False))
     return score(answers, val_labels[judged], config.seed)
-
-
-def is_known(labels: np.ndarray) -> np.ndarray:
-    """(n,) bool: is the label of the image known?"""
-    if labels.dtype.kind == "f":
-        return np.isfinite(labels)
-    return labels.min(axis=1) >= 0 if labels.ndim == 2 else labels != UNKNOWN
-
-
-def align_labels(values: np.ndarray, names: list[str] | None, known: list[str] | None) -> np.ndarray:
-    """Validation labels (m,), named by `names`, in the numbering of train's `known` names; UNSEEN for new names.
-
-    As they are where a set does not name its classes.
-    """
-    if not known or not names or known == names or values.ndim > 1:
-        return values
-    table = np.array([known.index(name) if name in known else UNSEEN for name in names], dtype=np.int64)
-    return np.where(values < 0, values, table[values.clip(0, len(names) - 1)])

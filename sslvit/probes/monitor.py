@@ -15,6 +15,7 @@ from torch import Tensor
 from sslvit import distributed
 from sslvit.data.loader import clean_batches
 from sslvit.data.photometry import normalize
+from sslvit.data.records import is_known
 from sslvit.data.sources import Source
 from sslvit.encoder.config import Preprocessing
 from sslvit.encoder.vit import Encoder
@@ -22,7 +23,7 @@ from sslvit.errors import InputError
 from sslvit.probes.features import choose_indices, default_precision, forward_clean
 from sslvit.probes.health import feature_std, rankme
 from sslvit.probes.knn import knn
-from sslvit.probes.measure import align_labels, is_known
+from sslvit.probes.labels import agree
 
 HELD_OUT = 100  # images at least: of fewer, two points are one or two
 
@@ -52,20 +53,20 @@ class KnnMonitor:
     ) -> None:
         began = time.monotonic()
         self.preprocessing, self.batch_size, self.precision = preprocessing, batch_size, precision
-        kept = choose_indices(len(train_source), num_images, seed)
-        judged = np.zeros(0, np.int64)
-        if val_source is not None and val_source.labels:
-            judged = choose_indices(len(val_source), num_images, seed)
-        elif hold_out and train_source.labels:
+        kept, judged = choose_indices(len(train_source), num_images, seed), np.zeros(0, np.int64)
+        if hold_out and train_source.labels and (val_source is None or not val_source.labels):
             val_source, (kept, judged) = train_source, _halves(train_source, num_images, seed)
+        elif val_source is not None and val_source.labels:
+            judged = choose_indices(len(val_source), num_images, seed)
+        if val_source is not None:
+            train_source, val_source = _agreed(train_source, val_source)
         self.train, train_labels = _decode(train_source, preprocessing, kept, batch_size, num_workers)
         self.val = self.train[:0]
         self.labels: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # of train and val, numbered alike
         if val_source is not None and train_labels and len(judged):
             self.val, labels = _decode(val_source, preprocessing, judged, batch_size, num_workers)
-            for name in [name for name in train_labels if name in labels]:
-                names = [source.class_names.get(name) for source in (val_source, train_source)]
-                self.labels[name] = train_labels[name], align_labels(labels[name], *names)
+            shared = [name for name in train_labels if name in labels]
+            self.labels = {name: (train_labels[name], labels[name]) for name in shared if _are_classes(labels[name])}
         self.seconds = time.monotonic() - began
 
     def __call__(self, encoder: Encoder, step: int) -> dict[str, float]:
@@ -98,6 +99,23 @@ class KnnMonitor:
             pixels = normalize(batch.to(device), self.preprocessing.mean, self.preprocessing.std)
             parts.append(forward_clean(encoder, pixels, 1, precision)[0].cls.cpu())
         return distributed.all_gather_cat(torch.cat(parts)).numpy()
+
+
+def _agreed(train: Source, val: Source) -> tuple[Source, Source | None]:
+    """Both with their labels read alike; without val where that cannot be: a run needs no labels."""
+    try:
+        train, val, lines = agree(train, val)
+    except InputError as error:
+        lines, agreed = [f"k-NN is not watched: {error}"], None
+    else:
+        agreed = val
+    for line in lines if distributed.is_main() else ():
+        print(line)
+    return train, agreed
+
+
+def _are_classes(values: np.ndarray) -> bool:
+    return values.ndim == 1 and values.dtype.kind == "i"
 
 
 def _accuracy(train: np.ndarray, val: np.ndarray, train_labels: np.ndarray, val_labels: np.ndarray) -> float:

@@ -6,11 +6,16 @@ images without labels, and only `scores.score` sees the validation labels, once,
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import replace
+from types import ModuleType
 
 import numpy as np
+from torch import Tensor
 
+from sslvit.encoder.vit import is_pooled
 from sslvit.errors import InputError
 from sslvit.probes import (
     attentive,
@@ -42,6 +47,8 @@ from sslvit.probes.scores import (
     score_resampled,
 )
 
+MAX_LOGITS = 2**24  # at once, where answers are ranked
+
 Fitted = Callable[[Examples], list[Answer]]
 Fit = Callable[[Examples, np.ndarray, EvaluateConfig], Fitted]
 
@@ -68,18 +75,19 @@ def fit_linear(train: Examples, labels: np.ndarray, config: EvaluateConfig) -> F
     """DINOv2's grid of heads; with `augment`, on random crops that go through the encoder again."""
     features = train.features
     variants = linear.input_variants(features.blocks, features.mean_patch, features.has_class_token)
+    fitting, choosing = linear.choice_split(np.unique(labels, return_inverse=True)[1], config.seed)
+    size = min(config.linear_batch_size, len(fitting))
     if config.augment:
-        fitting, choosing = linear.choice_split(np.unique(labels, return_inverse=True)[1], config.seed)
-        stream = augmented.linear_stream(train, labels, fitting, config.seed, config.linear_batch_size)
         head = linear.fit_stream(
             variants,
             labels,
-            stream,
+            lambda first: augmented.linear_stream(train, labels, fitting, config.seed, size, first),
             choosing,
             seed=config.seed,
             steps=config.linear_steps,
-            batch_size=config.linear_batch_size,
+            batch_size=size,
             device=train.device,
+            unfinished=train.unfinished,
         )
     else:
         head = linear.fit(
@@ -87,12 +95,13 @@ def fit_linear(train: Examples, labels: np.ndarray, config: EvaluateConfig) -> F
             labels,
             seed=config.seed,
             steps=config.linear_steps,
-            batch_size=config.linear_batch_size,
+            batch_size=size,
             device=train.device,
+            unfinished=train.unfinished,
         )
     words = (
         f"{linear.PROTOCOL}; {len(variants) * len(linear.LEARNING_RATES)} heads on {_token(train)}, "
-        f"{config.linear_steps} steps of {min(config.linear_batch_size, len(features))}, "
+        f"{config.linear_steps} steps of {size}, "
         f"{'random crops and flips' if config.augment else 'no augmentation'}"
     )
     return _from_head(head, words, f"lr {head.learning_rate:g}, {head.inputs}")
@@ -106,7 +115,7 @@ def fit_linear_dino(train: Examples, labels: np.ndarray, config: EvaluateConfig)
     chosen = last4 if features.cls.shape[1] < 768 and last4 else variants
     wide = [v for v in variants if v.name == "last block + mean patch"]
     inputs = (chosen if features.cls.shape[1] < 768 else wide or variants)[0]
-    head = linear.fit_dino(inputs, labels, seed=config.seed, device=train.device)
+    head = linear.fit_dino(inputs, labels, seed=config.seed, device=train.device, unfinished=train.unfinished)
     return _from_head(head, f"{linear.PROTOCOL_DINO}, {inputs.name} of {_token(train)}, no augmentation")
 
 
@@ -114,7 +123,7 @@ def fit_linear_mae(train: Examples, labels: np.ndarray, config: EvaluateConfig) 
     """MAE's head behind a batch norm, on the class token of the last block."""
     features = train.features
     inputs = linear.Inputs("last block", (features.cls,))
-    head = linear.fit_mae(inputs, labels, seed=config.seed, device=train.device)
+    head = linear.fit_mae(inputs, labels, seed=config.seed, device=train.device, unfinished=train.unfinished)
     words = f"{linear.PROTOCOL_MAE}, batch {linear.mae_batch_size(len(features))}, {_token(train)}, no augmentation"
     return _from_head(head, words)
 
@@ -132,7 +141,8 @@ def _from_head(head: linear.Head, words: str, chosen: str = "") -> Fitted:
 
 def fit_logreg(train: Examples, labels: np.ndarray, config: EvaluateConfig) -> Fitted:
     """DINOv2's logistic regression on the class token."""
-    model = logreg.fit(train.features.cls, labels, seed=config.seed, device=train.device)
+    unfinished = train.unfinished
+    model = logreg.fit(train.features.cls, labels, seed=config.seed, device=train.device, unfinished=unfinished)
     words = f"{logreg.PROTOCOL}, {_token(train)}"
 
     def answer(val: Examples) -> list[Answer]:
@@ -198,6 +208,7 @@ def fit_cluster(train: Examples, labels: np.ndarray, config: EvaluateConfig) -> 
 
 def fit_attentive(train: Examples, labels: np.ndarray, config: EvaluateConfig) -> Fitted:
     """Learned queries over the patches of the last block."""
+    check_patches(train, "attentive")
     rows = attentive.affordable_rows(train, config.seed)
     heads, chosen, classes = attentive.fit(
         attentive.patch_tokens(train, rows),
@@ -206,6 +217,7 @@ def fit_attentive(train: Examples, labels: np.ndarray, config: EvaluateConfig) -
         steps=config.attentive_steps,
         batch_size=config.linear_batch_size,
         device=train.device,
+        unfinished=train.unfinished,
     )
     words = (
         f"{attentive.PROTOCOL}; {config.attentive_steps} steps of {min(config.linear_batch_size, len(rows))} from "
@@ -213,12 +225,15 @@ def fit_attentive(train: Examples, labels: np.ndarray, config: EvaluateConfig) -
     )
 
     def answer(val: Examples) -> list[Answer]:
-        batches = [
-            attentive.predict(heads, layers[0].patches.half(), train.device)[chosen].numpy()
-            for layers, _ in val.tokens(val.features.indices)
-        ]
-        logits = np.concatenate(batches)
-        ranking = best_first(lambda rows: logits[rows], len(logits), classes)
+        best = []
+        for layers, _ in val.tokens(val.features.indices):
+            patches = layers[0].patches.half()
+
+            def logits(rows: slice, patches: Tensor = patches) -> np.ndarray:
+                return attentive.predict(heads, patches[rows], train.device)[chosen].numpy()
+
+            best.append(best_first(logits, len(patches), classes).labels)
+        ranking = Ranking(np.concatenate(best), len(classes))
         return [Answer(ranking, words, chosen=f"lr {attentive.LEARNING_RATES[chosen]:g}")]
 
     return answer
@@ -226,7 +241,7 @@ def fit_attentive(train: Examples, labels: np.ndarray, config: EvaluateConfig) -
 
 def fit_presence(train: Examples, labels: np.ndarray, config: EvaluateConfig) -> Fitted:
     """Several classes at once: one-vs-rest logistic regression."""
-    predict, strength = regression.fit_presence(train.features.cls, labels, config.seed)
+    predict, strength = regression.fit_presence(train.features.cls, labels, config.seed, train.unfinished)
     words = f"{regression.PROTOCOL_PRESENCE}, {_token(train)}"
     return lambda val: [Answer(Presence(predict(val.features.cls)), words, chosen=f"C {strength:g}")]
 
@@ -263,6 +278,35 @@ PRESENCE_PROBES: dict[str, Fit] = {"knn": fit_knn_mean(Presence), "linear": fit_
 NUMBER_PROBES: dict[str, Fit] = {"knn": fit_knn_mean(Estimates), "linear": fit_numbers}
 
 
+#: The modules whose PROTOCOL words a protocol prints; `regression` besides, which judges other kinds of labels.
+MODULES: dict[str, tuple[ModuleType, ...]] = {
+    "knn": (knn,),
+    "linear": (linear, augmented),
+    "linear_dino": (linear,),
+    "linear_mae": (linear,),
+    "logreg": (logreg,),
+    "attentive": (attentive,),
+    "fewshot": (fewshot,),
+    "retrieval": (retrieval, duplicates),
+    "cluster": (cluster,),
+    "segmentation": (dense,),
+    "health": (health,),
+}
+#: Raised for a protocol when its numbers change and its words do not.
+REVISIONS = {"cluster": 2, "linear": 2, "linear_mae": 2, "retrieval": 2, "segmentation": 2}
+
+
+def protocol_hash(name: str) -> str:
+    """Changes with the words and the revision of a protocol: numbers of an earlier one are not taken for its own."""
+    words = [
+        value
+        for module in (*MODULES[name], regression)
+        for key, value in sorted(vars(module).items())
+        if key.startswith("PROTOCOL")
+    ]
+    return hashlib.sha256(json.dumps([name, REVISIONS.get(name, 1), words]).encode()).hexdigest()[:16]
+
+
 def probe_for(name: str, labels: np.ndarray, label: str) -> Fit:
     """The probe `name` for these labels: (n,) int classes, (n, C) int of 0 and 1, or (n,) float numbers."""
     kind, probes = "one class per image", CLASS_PROBES
@@ -278,11 +322,12 @@ def probe_for(name: str, labels: np.ndarray, label: str) -> Fit:
 def fit_segmentation(train: Examples, config: EvaluateConfig) -> Fitted:
     """Linear and k-NN on patches; the masks of the training set are its labels."""
     dense.check_masks(train.source)
+    check_patches(train, "segmentation")
     rows = dense.affordable_rows(train, config.seed)
     rows = np.random.default_rng([config.seed, len(rows)]).permutation(rows)  # the last tenth chooses
     patches = dense.training_patches(train, train.source, rows)
     per_image = len(patches.tokens) // len(rows)
-    linear_head = dense.LinearHead(patches, num_choosing=max(1, len(rows) // 10) * per_image)
+    linear_head = dense.LinearHead(patches, max(1, len(rows) // 10) * per_image, train.unfinished)
     facts = f"{len(rows)} images of {per_image} patches"
 
     def answer(val: Examples) -> list[Answer]:
@@ -293,7 +338,7 @@ def fit_segmentation(train: Examples, config: EvaluateConfig) -> Fitted:
         said: dict[str, list[np.ndarray]] = {name: [] for name in methods}
         for layers, _ in val.tokens(val.features.indices):
             for name, (method, _, _) in methods.items():
-                maps = dense.to_pixels(method(layers[0].patches.cpu()), val.preprocessing.image_size)
+                maps = dense.to_pixels(method(layers[0].patches.cpu()), val.grid, val.preprocessing.size)
                 said[name].append(maps.byte().numpy())
         return [
             Answer(Maps(np.concatenate(said[name])), f"{words}; {facts}", name, chosen)
@@ -348,7 +393,7 @@ def best_first(
     logits_of: Callable[[slice], np.ndarray], num_images: int, classes: np.ndarray, places: int = 5
 ) -> Ranking:
     """The labels of the largest logits, ties by label. `logits_of(rows)` gives (rows, C): never all at once."""
-    places, step = min(places, len(classes)), max(1, 2**24 // len(classes))
+    places, step = min(places, len(classes)), max(1, MAX_LOGITS // len(classes))
     rankings = []
     for start in range(0, num_images, step):
         logits = logits_of(slice(start, min(start + step, num_images))).copy()
@@ -360,9 +405,20 @@ def best_first(
     return Ranking(np.concatenate(rankings), len(classes))
 
 
+def check_patches(examples: Examples, protocol: str) -> None:
+    """InputError for an encoder that says one vector of the whole image."""
+    if examples.module is not None and is_pooled(examples.module):
+        raise InputError(
+            f"protocol {protocol} reads patches, and {type(examples.module).__name__} has pooled features alone; "
+            "choose a vit_* or eva* model, or another protocol"
+        )
+
+
 def _token(examples: Examples) -> str:
     if examples.module is None:
         return "pixels"
+    if is_pooled(examples.module):
+        return "pooled features"
     return "class token" if examples.features.has_class_token else "mean patch"
 
 

@@ -15,11 +15,15 @@ import torch
 from sslvit.probes import convex
 from sslvit.probes.knn import check_features, nearest, vote_shares
 from sslvit.probes.linear import choice_split
+from sslvit.probes.unfinished import Unfinished
 
 PENALTIES = tuple(float(p) for p in 10.0 ** np.arange(-6, 7))  # of standardised features, times n
 STRENGTHS = tuple(float(c) for c in 10.0 ** np.arange(-6, 6))
 PROTOCOL_RIDGE = "ridge regression on standardised features, 13 penalties chosen on 10% of train, refitted on all of it"
-PROTOCOL_PRESENCE = "one-vs-rest logistic regression, 12 values of C chosen on 10% of train, refitted on all of it"
+PROTOCOL_PRESENCE = (
+    f"one-vs-rest logistic regression, C chosen on 10% of train of {len(STRENGTHS)} values, {convex.UNTIL}, refitted "
+    "on all of it"
+)
 PROTOCOL_KNN = "k-NN mean of labels: cosine, weights exp(sim/.07), k 20"
 
 Predictor = Callable[[np.ndarray], np.ndarray]  # features (m, D) to values (m,) or (m, C)
@@ -59,12 +63,16 @@ def ridge_path(features: np.ndarray, values: np.ndarray, penalties: tuple[float,
     return [predictor(penalty) for penalty in penalties]
 
 
-def fit_presence(features: np.ndarray, present: np.ndarray, seed: int) -> tuple[Predictor, float]:
+def fit_presence(
+    features: np.ndarray, present: np.ndarray, seed: int, unfinished: Unfinished | None = None
+) -> tuple[Predictor, float]:
     """Predictor of scores (m, C) and its C, from `features` (n, D) and `present` (n, C) of 0 and 1."""
     check_features(features)
     x, y = torch.from_numpy(features.astype(np.float64)), torch.from_numpy(present.astype(np.float64))
     fit_on, choose_on = ((x[rows], y[rows]) for rows in choice_split(np.zeros(len(x)), seed))
     slopes, start = convex.presence_slopes, convex.zeros(x, y.shape[1])
-    chosen = convex.best_strength(fit_on, choose_on, slopes, STRENGTHS, convex.minus_loss(slopes), start)
-    solution = convex.minimise(x, y, slopes, chosen).numpy()
+    chosen = convex.best_strength(
+        fit_on, choose_on, slopes, STRENGTHS, convex.minus_loss(slopes), start, unfinished=unfinished
+    )
+    solution = convex.minimise(x, y, slopes, chosen, unfinished=unfinished).numpy()
     return lambda queries: queries.astype(np.float64) @ solution[:-1] + solution[-1], chosen

@@ -16,6 +16,8 @@ from sslvit.errors import InputError
 from sslvit.probes import cluster, retrieval, segmentation
 from sslvit.probes.rows import bootstrap_ci, interval_around
 
+NUM_TABLES = 500  # resamples of a table of classes and clusters; twice as many of maps
+
 
 @dataclass(frozen=True)
 class Ranking:
@@ -166,20 +168,13 @@ def _score_neighbours(said: Neighbours, labels: np.ndarray, protocol: str, seed:
 
 
 def _score_clusters(said: Clusters, labels: np.ndarray, protocol: str, seed: int) -> list[Score]:
-    table = cluster.contingency(labels, said.assignment)
-    resampled = np.random.default_rng([seed, table.sum()]).multinomial(
-        table.sum(), table.ravel() / table.sum(), size=500
-    )
+    cells = cluster.contingency(labels, said.assignment)
     measures = {"nmi": cluster.normalised_mutual_information, "ari": cluster.adjusted_rand_index}
+    draws = cluster.resampled(cells, NUM_TABLES, np.random.default_rng([seed, len(labels)]))
+    values = np.array([[measure(draw) for measure in measures.values()] for draw in draws])
     return [
-        Score(
-            name,
-            measure(table),
-            interval_around(measure(table), [measure(t.reshape(table.shape)) for t in resampled]),
-            protocol,
-            len(labels),
-        )
-        for name, measure in measures.items()
+        Score(name, measure(cells), interval_around(measure(cells), drawn), protocol, len(labels))
+        for (name, measure), drawn in zip(measures.items(), values.T, strict=True)
     ]
 
 
@@ -187,8 +182,9 @@ def _score_maps(said: Maps, truth: np.ndarray, protocol: str, seed: int, variant
     pairs = zip(torch.from_numpy(truth), torch.from_numpy(said.classes), strict=True)
     tables = np.stack([segmentation.confusion(true.long(), guess.long()) for true, guess in pairs]).astype(np.float64)
     flat = tables.reshape(len(tables), -1)
-    weights = np.random.default_rng([seed, len(flat)]).multinomial(len(flat), np.full(len(flat), 1 / len(flat)), 1000)
-    resampled = segmentation.mean_iou((weights @ flat).reshape(-1, *tables.shape[1:]))
+    generator, equal = np.random.default_rng([seed, len(flat)]), np.full(len(flat), 1 / len(flat))
+    drawn = np.stack([generator.multinomial(len(flat), equal) @ flat for _ in range(2 * NUM_TABLES)])
+    resampled = segmentation.mean_iou(drawn.reshape(-1, *tables.shape[1:]))
     value = float(segmentation.mean_iou(tables.sum(axis=0)))
     return Score(f"{variant}miou", value, interval_around(value, resampled), protocol, len(truth))
 

@@ -24,6 +24,7 @@ from sslvit.errors import InputError
 from sslvit.probes import convex
 from sslvit.probes.features import Examples, choose_indices
 from sslvit.probes.knn import nearest, vote_shares
+from sslvit.probes.unfinished import Unfinished
 
 NUM_CLASSES = 1 + len(SHAPES)
 MAX_PATCHES = 200_000  # of the training set
@@ -53,28 +54,22 @@ def check_masks(*sources: Source) -> None:
 
 
 def class_map(source: Source, index: int, preprocessing: Preprocessing) -> Tensor:
-    """(size, size) int64, cut as the encoder sees the (square) image: 0 background, 1 + the number of the shape."""
+    """(height, width) int64, cut as the encoder sees the (square) image: 0 background, 1 + the number of the shape."""
     assert isinstance(source, Scenes)
     whole = np.zeros((source.size, source.size), dtype=np.uint8)
     for one, mask in zip(source.graph(index).objects, source.masks(index), strict=True):
         whole[mask] = 1 + SHAPES.index(one.shape)
-    side, shorter = preprocessing.image_size, int(preprocessing.image_size / preprocessing.crop_pct)
-    maps = interpolate(torch.from_numpy(whole)[None, None], size=(shorter, shorter), mode="nearest-exact")[0, 0]
-    corner = round((shorter - side) / 2)
-    return maps[corner : corner + side, corner : corner + side].long()
+    height, width = preprocessing.size
+    side = int(max(preprocessing.size) / preprocessing.crop_pct)  # of the image, resized to cover both
+    maps = interpolate(torch.from_numpy(whole)[None, None], size=(side, side), mode="nearest-exact")[0, 0]
+    top, left = round((side - height) / 2), round((side - width) / 2)
+    return maps[top : top + height, left : left + width].long()
 
 
 def shares_of(maps: Tensor, grid: tuple[int, int]) -> Tensor:
     """Shares (B, N, K) of the pixels of each patch in each class, from class maps (B, H, W)."""
     one_hot = torch.nn.functional.one_hot(maps, NUM_CLASSES).permute(0, 3, 1, 2).float()
     return torch.nn.functional.adaptive_avg_pool2d(one_hot, grid).flatten(2).transpose(1, 2)
-
-
-def square(num_patches: int) -> tuple[int, int]:
-    """The grid (h, w) of a square image's patches."""
-    side = round(num_patches**0.5)
-    assert side * side == num_patches, num_patches
-    return side, side
 
 
 def training_patches(train: Examples, truth: Source, rows: np.ndarray) -> Patches:
@@ -84,7 +79,7 @@ def training_patches(train: Examples, truth: Source, rows: np.ndarray) -> Patche
         patches = layers[0].patches
         maps = torch.stack([class_map(truth, int(i), train.preprocessing) for i in indices])
         tokens.append(patches.flatten(0, 1).cpu())
-        shares.append(shares_of(maps, square(patches.shape[1])).flatten(0, 1))
+        shares.append(shares_of(maps, train.grid).flatten(0, 1))
     return Patches(torch.cat(tokens).numpy(), torch.cat(shares).numpy())
 
 
@@ -97,7 +92,7 @@ def affordable_rows(train: Examples, seed: int) -> np.ndarray:
 class LinearHead:
     """Class scores of patches by a linear map of standardised tokens."""
 
-    def __init__(self, patches: Patches, num_choosing: int) -> None:
+    def __init__(self, patches: Patches, num_choosing: int, unfinished: Unfinished | None = None) -> None:
         """Fit for each C without the last `num_choosing` patches, which choose; then the chosen C on all."""
         self.mean = patches.tokens.mean(axis=0)
         self.scale = 1 / (patches.tokens.std(axis=0) + 1e-6)
@@ -106,10 +101,11 @@ class LinearHead:
         last = len(x) - num_choosing
         slopes, start = convex.share_slopes, convex.zeros(x, y.shape[1])
         merit = convex.minus_loss(slopes)
+        parts = (x[:last], y[:last]), (x[last:], y[last:])
         self.strength = convex.best_strength(
-            (x[:last], y[:last]), (x[last:], y[last:]), slopes, STRENGTHS, merit, start, max_steps=MAX_STEPS
+            *parts, slopes, STRENGTHS, merit, start, max_steps=MAX_STEPS, unfinished=unfinished
         )
-        self.solution = convex.minimise(x, y, slopes, self.strength, max_steps=MAX_STEPS)
+        self.solution = convex.minimise(x, y, slopes, self.strength, max_steps=MAX_STEPS, unfinished=unfinished)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Log scores (B, N, K) of tokens (B, N, D)."""
@@ -130,11 +126,10 @@ class NearestPatches:
         return torch.from_numpy(votes.astype(np.float32)).view(*tokens.shape[:2], -1)
 
 
-def to_pixels(scores: Tensor, size: int) -> Tensor:
-    """Class of each pixel, (B, size, size), from patch scores (B, N, K)."""
-    height, width = square(scores.shape[1])
-    maps = scores.transpose(1, 2).reshape(len(scores), -1, height, width)
-    return interpolate(maps, size=(size, size), mode="bilinear", align_corners=False).argmax(dim=1)
+def to_pixels(scores: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Class of each pixel, (B, *size), from the scores (B, N, K) of a `grid` of patches."""
+    maps = scores.transpose(1, 2).unflatten(2, grid)
+    return interpolate(maps, size=size, mode="bilinear", align_corners=False).argmax(dim=1)
 
 
 def confusion(truth: Tensor, said: Tensor) -> np.ndarray:

@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sslvit.data.decode import BadFiles, BadImage, decode, describe
+from sslvit.data.records import as_classes, is_known
 from sslvit.data.sources import Source, open_source
 
 EXAMPLES = 5  # names given for each kind of finding, where all would be too many
@@ -183,7 +184,9 @@ def _duplicates(source: Source, digests: np.ndarray, readable: np.ndarray) -> di
     new = np.ones(len(order), bool)
     new[1:] = (digests[order[1:]] != digests[order[:-1]]).any(axis=1)
     groups = [group for group in np.split(order, np.flatnonzero(new)[1:]) if len(group) > 1]
-    unlike = [group for group in groups if any(len(set(v[group].tolist())) > 1 for v in source.labels.values())]
+    unlike = [
+        group for group in groups if any(len({str(x) for x in v[group].tolist()}) > 1 for v in source.labels.values())
+    ]
     return {
         "count": sum(len(group) - 1 for group in groups),
         "groups": len(groups),
@@ -193,16 +196,34 @@ def _duplicates(source: Source, digests: np.ndarray, readable: np.ndarray) -> di
 
 
 def _label(values: np.ndarray, names: list[str]) -> dict[str, Any]:
-    known = values[values >= 0]
-    classes, counts = np.unique(known, return_counts=True)
+    """Images per class, or the range of numbers; and how many images have no label."""
+    values = as_classes(values)
+    known = values[is_known(values)]
+    unlabelled = len(values) - len(known)
+    if values.dtype.kind == "f":
+        spread = (float(known.min()), float(known.max())) if len(known) else (0.0, 0.0)
+        return {"numbers": len(known), "unlabelled": unlabelled, "smallest": spread[0], "largest": spread[1]}
+    if values.ndim == 2:
+        classes, counts = np.arange(values.shape[1]), known.sum(axis=0, dtype=np.int64)
+    else:
+        classes, counts = np.unique(known, return_counts=True)
     per_class = {names[int(c)] if c < len(names) else str(c): int(k) for c, k in zip(classes, counts, strict=True)}
     return {
         "classes": len(classes),
-        "unlabelled": int(len(values) - len(known)),
+        "unlabelled": unlabelled,
         "smallest": int(counts.min()) if len(counts) else 0,
         "largest": int(counts.max()) if len(counts) else 0,
         "per_class": per_class,
     }
+
+
+def _label_line(name: str, label: dict[str, Any]) -> str:
+    without = f", {label['unlabelled']:,} without" if label["unlabelled"] else ""
+    if "numbers" in label:
+        spread = f"{label['numbers']:,} numbers from {label['smallest']:g} to {label['largest']:g}"
+        return f"labels      {name}: {spread}{without}"
+    spread = f"{label['classes']} classes of {label['smallest']:,} to {label['largest']:,} images"
+    return f"labels      {name}: {spread}{without}"
 
 
 def _write(folder: Path, report: dict[str, Any]) -> None:
@@ -228,8 +249,7 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
     yield "channels    " + ", ".join(f"{channels}: {count:,}" for channels, count in report["channels"].items())
     yield "formats     " + ", ".join(f"{form}: {count:,}" for form, count in report["formats"].items())
     for name, label in report["labels"].items():
-        spread = f"{label['classes']} classes of {label['smallest']:,} to {label['largest']:,} images"
-        yield f"labels      {name}: {spread}" + (f", {label['unlabelled']:,} without" if label["unlabelled"] else "")
+        yield _label_line(name, label)
     if report["text"]:
         yield "text        " + ", ".join(f"{kind}: {count:,}" for kind, count in report["text"].items())
     duplicates = report["duplicates"]

@@ -7,6 +7,7 @@ Parquet: columns `name`, `features` (fixed-size list of float32) and one column 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ import pyarrow.parquet
 
 from sslvit import distributed
 from sslvit.config import EmbedConfig, check_config, load_config
+from sslvit.data.records import as_classes
 from sslvit.data.sources import open_source
 from sslvit.encoder.weights import load_encoder
 from sslvit.errors import InputError
 from sslvit.probes.features import Examples, Extraction, Features, default_precision, shared_cache
 from sslvit.probes.knn import normalised
 from sslvit.run_folder import is_disk_full, partial_of
+from sslvit.signals import StopFlag
 
 SUFFIXES = (".npz", ".parquet")
 
@@ -41,7 +44,8 @@ def embed(
     """Write the features of `data` to `output_file` (.npz or .parquet); returns the arrays of the npz form.
 
     `index` adds a faiss index of the unit-length features beside it (inner product is cosine), in the same order.
-    Raises InputError when the encoder or the images cannot be read, or a feature is not finite.
+    Raises InputError when the encoder or the images cannot be read, or a feature is not finite. Resumable on a signal:
+    what is extracted stays beside the file, in `.F.parts/`, and the same command goes on.
     """
     given = {"encoder": str(encoder), "data": str(data), "output_file": str(output_file), "batch_size": batch_size}
     given |= {"device": device, "precision": precision, "num_workers": num_workers, "index": index}
@@ -51,20 +55,27 @@ def embed(
     if file.suffix not in SUFFIXES:
         raise InputError(f"--output-file {file}: the name must end in {' or '.join(SUFFIXES)}")
     place = str(distributed.choose_device(config.device))
-    loaded = load_encoder(str(encoder), device=place)
-    extraction = Extraction(
-        batch_size=config.batch_size,
-        device=place,
-        precision=config.precision or default_precision(place),
-        num_workers=config.num_workers,
-        cache_dir=shared_cache(),
-    )
+    loaded = load_encoder(str(encoder), device=place, pooled=True)
+    parts = file.with_name(f".{file.name}.parts")
     fingerprint = f"{loaded.fingerprint} {loaded.architecture}"
-    features = Examples(open_source(str(data)), loaded.module, loaded.preprocessing, extraction, fingerprint).features
+    with StopFlag() as stop:
+        extraction = Extraction(
+            batch_size=config.batch_size,
+            device=place,
+            precision=config.precision or default_precision(place),
+            num_workers=config.num_workers,
+            cache_dir=shared_cache(),
+            parts_dir=parts,
+            class_token_only=True,
+            stop=stop,
+        )
+        source = open_source(str(data))
+        features = Examples(source, loaded.module, loaded.preprocessing, extraction, fingerprint).features
     arrays = as_arrays(features)
     _write(file, arrays if file.suffix == ".npz" else as_table(features))
     if config.index:
         _write(file.with_suffix(".faiss"), _faiss_index(features.cls))
+    shutil.rmtree(parts, ignore_errors=True)
     print(f"{file}: features of {len(features)} images, {features.cls.shape[1]} dimensions")
     return arrays
 
@@ -72,15 +83,29 @@ def embed(
 def as_arrays(features: Features) -> dict[str, np.ndarray]:
     """Features (n, D) float32, names (n,) unicode; labels (n,), or (n, L) with label_names (L,) for several.
 
-    Labels are int64, -1 where unknown; float64 where they are numbers with a fraction.
+    Labels are int64, -1 where unknown; float64 where they are numbers with a decimal point. A label of several classes
+    at once has a column of 0 and 1 for each, named LABEL/CLASS.
     """
+    columns = _label_columns(features)
     arrays = {"features": np.array(features.cls, dtype=np.float32), "names": np.array(features.names, dtype=np.str_)}
-    if len(features.labels) == 1:
-        arrays["labels"] = next(iter(features.labels.values()))
-    elif features.labels:
-        arrays["labels"] = np.stack(list(features.labels.values()), axis=1)
-        arrays["label_names"] = np.array(list(features.labels), dtype=np.str_)
+    if list(columns) == list(features.labels) and len(columns) == 1:
+        arrays["labels"] = next(iter(columns.values()))
+    elif columns:
+        arrays["labels"] = np.stack(list(columns.values()), axis=1)
+        arrays["label_names"] = np.array(list(columns), dtype=np.str_)
     return arrays
+
+
+def _label_columns(features: Features) -> dict[str, np.ndarray]:
+    """Name -> (n,) int64 or float64."""
+    columns: dict[str, np.ndarray] = {}
+    for label, values in features.labels.items():
+        if values.ndim == 1:
+            columns[label] = as_classes(values)
+        else:
+            names = features.class_names.get(label) or range(values.shape[1])
+            columns |= {f"{label}/{name}": values[:, i].astype(np.int64) for i, name in enumerate(names)}
+    return columns
 
 
 def as_table(features: Features) -> pa.Table:
@@ -90,7 +115,18 @@ def as_table(features: Features) -> pa.Table:
         "name": pa.array([name.encode("utf-8", "backslashreplace").decode() for name in features.names]),
         "features": pa.FixedSizeListArray.from_arrays(flat, features.cls.shape[1]),
     }
-    return pa.table(columns | {name: pa.array(values) for name, values in features.labels.items()})
+    return pa.table(columns | {name: _label_column(features, name) for name in features.labels})
+
+
+def _label_column(features: Features, label: str) -> pa.Array:
+    """Classes and numbers as they are, several classes at once as lists of their names."""
+    values = features.labels[label]
+    if values.ndim == 1:
+        return pa.array(as_classes(values))
+    names = np.array(features.class_names.get(label) or [str(i) for i in range(values.shape[1])])
+    return pa.array(
+        [None if known < 0 else names[row > 0].tolist() for row, known in zip(values, values.min(axis=1), strict=True)]
+    )
 
 
 def _faiss_index(features: np.ndarray) -> Any:

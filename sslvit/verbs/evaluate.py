@@ -1,7 +1,8 @@
 """`sslvit evaluate`: how good is an encoder? Numbers on labelled images, each with interval, protocol and controls.
 
 Reads top to bottom: open the sets, load encoder and controls, extract features once, run each probe, write rows. Each
-(encoder or control, probe) is a cell: what is finished is kept in OUT/evaluate/cells/ and not measured again.
+(encoder or control, probe) is a cell: what is finished is kept in OUT/evaluate/cells/ and not measured again. What is
+not is put aside on a signal and every minute, features and fits alike, and goes on to the same bits.
 """
 
 from __future__ import annotations
@@ -30,10 +31,14 @@ from sslvit.probes.features import (
     source_digest,
 )
 from sslvit.probes.label_file import with_label_file
+from sslvit.probes.labels import agree
 from sslvit.probes.measure import measure
+from sslvit.probes.protocols import protocol_hash
 from sslvit.probes.rows import Row, describe, row
 from sslvit.probes.scores import Score
+from sslvit.probes.unfinished import Unfinished
 from sslvit.run_folder import RunFolder, default_output_dir
+from sslvit.signals import StopFlag
 
 #: What an answer of each probe depends on, beside the encoder, the images and the seed.
 PROBE_KEYS = {
@@ -60,7 +65,8 @@ class Subject:
 def evaluate(*, config_file: str | Path | None = None, output_dir: str | Path | None = None, **keys: Any) -> list[Row]:
     """Judge an encoder; returns the rows it also adds to OUT/results.json. Keys as on the command line.
 
-    Raises InputError for anything wrong with the input: an unreadable set, no labels, features that are not finite.
+    Raises InputError for anything wrong with the input: an unreadable set, no labels, features that are not finite;
+    Resumable on a signal.
     """
     for key in ("protocol", "controls"):
         if isinstance(keys.get(key), str):
@@ -69,25 +75,36 @@ def evaluate(*, config_file: str | Path | None = None, output_dir: str | Path | 
     check_config(config)
     device = str(distributed.choose_device(config.device))
     path = Path(output_dir or default_output_dir("evaluate", config.encoder))
-    train, val = _open(config.train_dataset, config), _open(config.val_dataset, config)
-    with RunFolder.open(path, "evaluate", config, free_keys=["*"], overwrite=config.overwrite) as folder:
+    train, val = _open_both(config)
+    with (
+        RunFolder.open(path, "evaluate", config, free_keys=["*"], overwrite=config.overwrite) as folder,
+        StopFlag() as stop,
+    ):
         subjects = _subjects(config, device)
-        rows = [row for subject in subjects for row in judge(subject, train, val, config, folder, device)]
+        rows = [row for subject in subjects for row in judge(subject, train, val, config, folder, device, stop)]
         folder.finish()
     print(f"{path / 'results.json'}: {len(rows)} rows")
     return rows
 
 
-def _open(spec: str | None, config: EvaluateConfig) -> Digested:
-    source = open_source(str(spec))
+def _open_both(config: EvaluateConfig) -> tuple[Digested, Digested]:
+    """Both sets, their labels read alike."""
+    opened = [open_source(str(spec)) for spec in (config.train_dataset, config.val_dataset)]
     if config.label_file is not None:
-        source = with_label_file(source, config.label_file)
+        opened = [with_label_file(source, config.label_file) for source in opened]
+    train, val, lines = agree(*opened)
+    for line in lines:
+        print(line)
+    return _digested(train, config), _digested(val, config)
+
+
+def _digested(source: Source, config: EvaluateConfig) -> Digested:
     return source, source_digest(source, choose_indices(len(source), config.num_images, config.seed))
 
 
 def _subjects(config: EvaluateConfig, device: str) -> Iterator[Subject]:
     """The encoder, then the controls, one in memory at a time."""
-    encoder = load_encoder(str(config.encoder), device=device)
+    encoder = load_encoder(str(config.encoder), device=device, pooled=True)
     wanted = {key: getattr(config, key) for key in ("image_size", "crop_pct") if getattr(config, key) is not None}
     if "image_size" in wanted:
         wanted["image_width"] = None
@@ -102,10 +119,17 @@ def _subjects(config: EvaluateConfig, device: str) -> Iterator[Subject]:
 
 
 def judge(
-    subject: Subject, train: Digested, val: Digested, config: EvaluateConfig, folder: RunFolder, device: str
+    subject: Subject,
+    train: Digested,
+    val: Digested,
+    config: EvaluateConfig,
+    folder: RunFolder,
+    device: str,
+    stop: StopFlag,
 ) -> list[Row]:
     """All probes on one subject; features are extracted when the first unfinished cell asks for them."""
-    sets = _examples(subject, *train, config, folder, device), _examples(subject, *val, config, folder, device)
+    extraction = _extraction(config, folder, device, stop)
+    sets = _examples(subject, *train, extraction), _examples(subject, *val, extraction)
     rows: list[Row] = []
     for name in config.protocol:
         if subject.encoder is None and name in NO_PIXELS:
@@ -113,10 +137,13 @@ def judge(
         cell = _cell(subject, name, sets, config)
         finished = None if config.overwrite else folder.read_json(cell)
         if finished is None:
+            sets[0].unfinished = Unfinished(folder.path / "evaluate" / "unfinished" / Path(cell).stem, stop)
+            sets[0].unfinished.check()
             scores = measure(name, *sets, config)
             finished = [_row(subject, name, one, sets, config) for one in scores]
             _keep(folder, cell, finished)
             _keep_cases(folder, subject, scores)
+            sets[0].unfinished.clear()
         folder.add_results(finished)
         for entry in finished:
             print(_line(entry), flush=True)
@@ -124,10 +151,8 @@ def judge(
     return rows
 
 
-def _examples(
-    subject: Subject, source: Source, digest: str, config: EvaluateConfig, folder: RunFolder, device: str
-) -> Examples:
-    extraction = Extraction(
+def _extraction(config: EvaluateConfig, folder: RunFolder, device: str, stop: StopFlag) -> Extraction:
+    return Extraction(
         batch_size=config.batch_size,
         device=device,
         precision=config.precision or default_precision(device),
@@ -135,7 +160,11 @@ def _examples(
         num_images=config.num_images,
         seed=config.seed,
         cache_dir=shared_cache() or folder.path / "features",
+        stop=stop,
     )
+
+
+def _examples(subject: Subject, source: Source, digest: str, extraction: Extraction) -> Examples:
     if subject.encoder is None:
         extraction = replace(extraction, precision="fp32")
         return Examples(source, None, Preprocessing(PIXEL_SIZE), extraction, subject.fingerprint, digest)
@@ -146,23 +175,30 @@ def _examples(
 
 def _cell(subject: Subject, name: str, sets: tuple[Examples, Examples], config: EvaluateConfig) -> str:
     """Where the rows of one probe on one subject are kept: named by everything they depend on."""
-    labels = [
-        {label: hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest() for label, values in labels.items()}
-        for labels in (one.source.labels for one in sets)
-    ]
     settings = {
         key: getattr(config, key) for key in ("train_dataset", "val_dataset", "seed", *PROBE_KEYS.get(name, ()))
     }
-    facts = [name, subject.control, subject.fingerprint, [one.digest for one in sets], labels, settings]
-    facts += [str(sets[0].preprocessing), sets[0].extraction.precision, *_selection(subject, config).values()]
+    facts: list[Any] = [name, protocol_hash(name), subject.control, subject.fingerprint, [one.digest for one in sets]]
+    facts += [[_label_digests(one.source) for one in sets], settings]
+    facts += [str(sets[0].preprocessing), sets[0].extraction.precision, *_selection(subject).values()]
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     return f"evaluate/cells/{name}-{subject.control or 'encoder'}-{key}.json"
 
 
-def _selection(subject: Subject, config: EvaluateConfig) -> dict[str, str]:
-    """What the protocol must say of RUN@best: its step was chosen among many by a number on validation images."""
-    is_best = not subject.control and str(config.encoder).partition("?")[0].endswith("@best")
-    return {"checkpoint": "the run's best by k-NN on its validation set"} if is_best else {}
+def _label_digests(source: Source) -> dict[str, str]:
+    """Each label's values, their kind and the names of their classes, as one hash."""
+
+    def digest(label: str, values: np.ndarray) -> str:
+        kind = [values.dtype.str, values.shape, source.class_names.get(label, [])]
+        return hashlib.sha256(json.dumps(kind).encode() + np.ascontiguousarray(values).tobytes()).hexdigest()
+
+    return {label: digest(label, np.asarray(values)) for label, values in source.labels.items()}
+
+
+def _selection(subject: Subject) -> dict[str, str]:
+    """What the protocol must say of a run's best step, however it was named: a number on validation images chose it."""
+    chosen = subject.encoder is not None and subject.encoder.chosen
+    return {"checkpoint": "the run's best by k-NN on its validation set"} if chosen else {}
 
 
 def _keep(folder: RunFolder, cell: str, rows: list[Row]) -> None:
@@ -188,7 +224,7 @@ def _row(subject: Subject, name: str, one: Score, sets: tuple[Examples, Examples
         n_train=len(train.features),
         n_val=one.num_images,
         precision=train.extraction.precision,
-        **_selection(subject, config),
+        **_selection(subject),
     )
     return row(
         "/".join(part for part in (name, subject.control, one.metric) if part),

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -369,7 +369,7 @@ def _start(plans: Sequence[Plan], settings: LaunchConfig, num_restarts: int = 0)
     records, new = [], []
     for plan in plans:
         same_verb = [record for record in _records(plan.output_dir) if record.words[0] == plan.words[0]]
-        live = [record for record in same_verb if state_of(record)["state"] in LIVE]
+        live = [record for record, now in zip(same_verb, states_of(same_verb), strict=True) if now["state"] in LIVE]
         if live:
             print(f"job {live[-1].id} of {plan.output_dir} is there already")
             records.append(live[-1])
@@ -500,15 +500,24 @@ def _records(output_dir: Path) -> list[Record]:
     return sorted(records, key=lambda record: record.submitted)
 
 
-def state_of(record: Record) -> dict[str, Any]:
-    """{"id", "state", "output_dir", "message", "code", "signals"}.
+def states_of(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """`state_of` of each; Slurm is asked once for all of them."""
+    queue = _slurm_states([record.id for record in records if record.cluster == "slurm"])
+    return [state_of(record, queue) for record in records]
+
+
+def state_of(record: Record, queue: Mapping[str, str | None] | None = None) -> dict[str, Any]:
+    """{"id", "state", "output_dir", "message", "code", "signals"}; `queue` is what `_slurm_states` has said of it.
 
     state: waiting, running, unknown (no answer from Slurm), then done, stopped (resumable), wrong input, failed,
     cancelled, or killed (gone without a word).
     """
     note = _note(record)
     state = note.get("state", "waiting")
-    live = _slurm_state(record) if record.cluster == "slurm" else _local_state(record, note)
+    if record.cluster == "slurm":
+        live = (_slurm_states([record.id]) if queue is None else queue)[record.id]
+    else:
+        live = _local_state(record, note)
     if live is not None:
         state = live
     elif state in ("waiting", *WITHOUT_A_WORD):
@@ -563,26 +572,32 @@ def _is_zombie(pid: int) -> bool:
         return False
 
 
-def _slurm_state(record: Record) -> str | None:
-    """What the queue says; None when the job is not in it any more."""
+def _slurm_states(ids: Sequence[str]) -> dict[str, str | None]:
+    """What the queue says of each job, in one question; None for those that are not in it any more."""
+    if not ids:
+        return {}
+    words = ["squeue", "-h", "-r", "-o", "%T %i", "-j", ",".join(dict.fromkeys(ids))]
     try:
-        answer = subprocess.run(
-            ["squeue", "-h", "-o", "%T", "-j", record.id], capture_output=True, text=True, timeout=20, check=False
-        )
+        answer = subprocess.run(words, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    states = answer.stdout.split()
+        return dict.fromkeys(ids, "unknown")
     if answer.returncode != 0 and "Invalid job id" not in answer.stderr:
-        return "unknown"
+        return dict.fromkeys(ids, "unknown")
+    lines = [line.split() for line in answer.stdout.splitlines() if line.strip()]
+    found = {name[0] if name else ids[0]: state for state, *name in lines}
+    return {name: _in_words(found.get(name)) for name in ids}
+
+
+def _in_words(state: str | None) -> str | None:
     ended = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
-    if not states or states[0] in ended:
+    if state is None or state in ended:
         return None
-    return "running" if states[0] in ("RUNNING", "COMPLETING") else "waiting"
+    return "running" if state in ("RUNNING", "COMPLETING") else "waiting"
 
 
 def _show(records: Sequence[Record], quiet: bool = False) -> list[dict[str, Any]]:
     """Print a line per job and return their states."""
-    states = [state_of(record) for record in records]
+    states = states_of(records)
     newest = {state["output_dir"]: state["id"] for state in states}
     for state in [] if quiet else states:
         out = state["output_dir"]
@@ -640,7 +655,7 @@ def _watch(records: list[Record], settings: LaunchConfig, follow: bool) -> list[
     try:
         while True:
             jobs = {record.id: record for record in records}
-            states = {name: state_of(record) for name, record in jobs.items()}
+            states = dict(zip(jobs, states_of(list(jobs.values())), strict=True))
             if follow:
                 for name, record in jobs.items():
                     _print_new(name, readers.setdefault(name, _new_text(record)), len(jobs) > 1)

@@ -16,7 +16,7 @@ from sslvit.errors import InputError
 from sslvit.probes import features as module
 from sslvit.probes.augmented import crop_batches, linear_stream, two_views
 from sslvit.probes.features import Examples, Extraction, Features, Subset, choose_indices, source_digest
-from sslvit.probes.label_file import with_label_file
+from sslvit.probes.label_file import Labelled, with_label_file
 from sslvit.probes.linear import input_variants
 from sslvit.probes.monitor import KnnMonitor
 
@@ -110,7 +110,7 @@ def test_cache_is_found_again_and_depends_on_everything(tmp_path, monkeypatch):
     first = examples(net, fingerprint="a", cache_dir=tmp_path).features
     calls = []
     original = Examples._extract
-    monkeypatch.setattr(Examples, "_extract", lambda self: calls.append(1) or original(self))
+    monkeypatch.setattr(Examples, "_extract", lambda self, parts: calls.append(1) or original(self, parts))
     again = examples(net, fingerprint="a", cache_dir=tmp_path).features
     assert not calls
     for one, other in zip((*first.blocks, first.mean_patch), (*again.blocks, again.mean_patch), strict=True):
@@ -295,6 +295,19 @@ def test_monitor_matches_classes_by_name_and_leaves_unknown_labels_out(tmp_path)
     monitor = KnnMonitor(train, val, PREPROCESSING, num_workers=0)
     assert monitor.labels["kind"][1][:10].tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, -1]
     assert 0 <= monitor(encoder(), 0)["knn/top1"] <= 1
+
+
+def test_monitor_of_labels_that_are_no_classes_or_cannot_be_matched(tmp_path, capsys):
+    """A run needs no labels: it goes on without k-NN, and what keeps it from it is said."""
+    names = [f"train-0-{i:07d}" for i in range(24)]
+    for file, label in (("tags", "a|b"), ("ages", "0.5"), ("names", "a")):
+        (tmp_path / file).write_text("\n".join(["image,kind", *(f"{name},{label}" for name in names)]))
+    source = {file.name: with_label_file(open_source(SPEC), file) for file in tmp_path.iterdir()}
+    source["numbers"] = Labelled(open_source(SPEC), {"kind": np.full(24, 7)}, {})
+    for train, val in (("tags", "tags"), ("ages", "ages"), ("names", "numbers")):
+        monitor = KnnMonitor(source[train], source[val], PREPROCESSING, 8, num_workers=0)
+        assert set(monitor(encoder(), 0)) == {"rankme", "feature_std"}
+    assert "k-NN is not watched" in capsys.readouterr().out
 
 
 def test_monitor_of_a_diverged_encoder_says_so_and_goes_on():

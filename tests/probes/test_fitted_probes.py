@@ -157,7 +157,7 @@ def test_patch_scores_are_enlarged_bilinearly():
     """Pixel centres, edges held: the weights written out."""
     scores = torch.randn(1, 4, 3, generator=torch.Generator().manual_seed(0))
     grid = scores[0].view(2, 2, 3)
-    said = segmentation.to_pixels(scores, 6)[0]
+    said = segmentation.to_pixels(scores, (2, 2), (6, 6))[0]
     for y in range(6):
         for x in range(6):
             down, across = (min(max((p + 0.5) / 3 - 0.5, 0), 1) for p in (y, x))

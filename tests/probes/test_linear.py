@@ -140,16 +140,32 @@ def test_one_class_is_always_right():
     assert (head.classes[head.logits([x]).argmax(1)] == 7).all()
 
 
-def test_stream_trains_as_cached_features_do():
+def test_stream_trains_as_cached_features_do(monkeypatch):
     x, labels = problem()
     variants = [Inputs("a", (x,)), Inputs("b", (x, x))]
     fitting, choosing = choice_split(labels, 0)
     order = [fitting[i] for i in batches(len(fitting), 32, 30, 0)]
-    stream = (([torch.from_numpy(v.matrix()[i]) for v in variants], torch.from_numpy(labels[i])) for i in order)
-    streamed = linear.fit_stream(variants, labels, stream, choosing, steps=30, batch_size=32)
-    cached = fit(variants, labels, steps=30, batch_size=32)
+
+    def stream(first):
+        passes.append(first)
+        return (([torch.from_numpy(v.matrix()[i]) for v in variants], torch.from_numpy(labels[i])) for i in order)
+
+    def train():
+        return linear.fit_stream(variants, labels, stream, choosing, steps=30, batch_size=32)
+
+    passes = []
+    streamed, cached = train(), fit(variants, labels, steps=30, batch_size=32)
+    assert passes == [0]
     assert (streamed.inputs, streamed.learning_rate) == (cached.inputs, cached.learning_rate)
     np.testing.assert_allclose(streamed.weight, cached.weight, atol=1e-6)
+    held = []
+    monkeypatch.setattr(linear, "MAX_STREAMED", 20 * 32 * 5)
+    made = linear.Heads.__init__
+    monkeypatch.setattr(linear.Heads, "__init__", lambda self, *a: held.append(len(a[2])) or made(self, *a))
+    parts = train()
+    assert (passes, held) == ([0, 0, 0], [13, 13]), "26 heads of 32 x 5 logits, 20 at once"
+    assert (parts.inputs, parts.learning_rate) == (cached.inputs, cached.learning_rate)
+    np.testing.assert_allclose(parts.weight, cached.weight, atol=1e-6)
 
 
 def test_grid_in_parts_is_the_grid(monkeypatch):

@@ -1,10 +1,15 @@
 """Every probe on odd sets of made-up features: a clear number or a clear error, never a traceback of torch or faiss."""
 
+from functools import partial
+
 import numpy as np
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sslvit.encoder.config import Preprocessing
 from sslvit.errors import InputError
+from sslvit.probes import attentive, convex, linear, logreg, protocols
 from sslvit.probes.config import EvaluateConfig
 from sslvit.probes.features import Examples, Extraction, Features
 from sslvit.probes.measure import measure
@@ -115,6 +120,48 @@ def test_a_hundred_thousand_classes(name):
         assert scores["top5"] >= scores["top1"] >= 0
     if name in ("knn", "fewshot"):
         assert scores["top1" if name == "knn" else "1shot/top1"] > 0.2
+
+
+class Largest(TorchDispatchMode):
+    """Notes the entries of the largest tensor with a class (or several heads of them) along a side."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.num_classes, self.entries = num_classes, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for one in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(one, torch.Tensor) and any(side and side % self.num_classes == 0 for side in one.shape):
+                self.entries = max(self.entries, one.numel())
+        return made
+
+
+@pytest.mark.parametrize("name", ["linear", "linear_dino", "linear_mae", "logreg", "attentive"])
+def test_no_probe_makes_a_table_of_images_and_classes(monkeypatch, name):
+    """700 images of 199 classes are 139,300 scores; never more than a batch or a chunk of them at once."""
+    limits = ((linear, "MAX_NUMBERS"), (convex, "MAX_SCORES"), (attentive, "MAX_LOGITS"), (protocols, "MAX_LOGITS"))
+    for module, limit in limits:
+        monkeypatch.setattr(module, limit, 10_000)
+    monkeypatch.setattr(linear, "mae_batch_size", lambda n: 600)
+    monkeypatch.setattr(attentive, "fit", partial(attentive.fit, learning_rates=(1e-3,)))
+    monkeypatch.setattr(logreg, "fit", partial(logreg.fit, grid=(1e-3,)))
+    labels = np.arange(700) % 199
+    train, val = made("train", clouds(labels), labels), made("validation", clouds(labels, seed=1), labels)
+    with Largest(199) as largest:
+        config = EvaluateConfig(linear_steps=2, linear_batch_size=64, attentive_steps=2)
+        scores = measure(name, train, val, config)
+    assert 0 < largest.entries <= 256 * 199
+    assert all(np.isfinite(one.value) for one in scores)
+
+
+def test_rankings_are_made_some_images_at_a_time(monkeypatch):
+    logits = np.random.default_rng(0).normal(size=(50, 20))
+    monkeypatch.setattr(protocols, "MAX_LOGITS", 100)
+    asked = []
+    ranking = protocols.best_first(lambda rows: asked.append(rows) or logits[rows], 50, np.arange(20) * 3)
+    assert np.array_equal(ranking.labels, 3 * np.argsort(-logits, axis=1)[:, :5])
+    assert all(len(logits[rows]) * 20 <= 100 for rows in asked) and len(asked) == 10
 
 
 @pytest.mark.parametrize("name", ["knn", "linear", "logreg"])

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import timm
 import torch
 
+from sslvit.data.loader import clean_batches
 from sslvit.data.sources import open_source
 from sslvit.encoder.config import Preprocessing
 from sslvit.errors import InputError
@@ -43,7 +45,49 @@ def test_shares_are_pixel_counts():
 def test_scores_that_are_the_truth_give_back_the_map():
     maps = torch.from_numpy(np.random.default_rng(0).integers(0, 9, (3, 8, 8)))
     scores = torch.nn.functional.one_hot(maps.flatten(1), 9).float()
-    assert torch.equal(segmentation.to_pixels(scores, 8), maps)
+    assert torch.equal(segmentation.to_pixels(scores, (8, 8), (8, 8)), maps)
+
+
+def vit(height, width, patch=8):
+    torch.manual_seed(0)
+    sizes = {"img_size": (height, width), "patch_size": patch, "depth": 1, "embed_dim": 24, "num_heads": 2}
+    return timm.create_model("vit_tiny_patch16_224", **sizes, num_classes=0, dynamic_img_size=True).eval()
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 32), (16, 64), (32, 16)])
+def test_grids_are_those_of_the_image_and_not_squares(height, width):
+    """2 x 4 patches have no square, and 2 x 8 are no 4 x 4: what fills a patch comes back in its place."""
+    source = open_source("scenes:?n=4&size=64&objects=2-3")
+    one = Examples(source, vit(height, width), Preprocessing(height, image_width=width), Extraction(num_workers=0))
+    rows, columns = one.grid
+    assert (rows, columns) == (height // 8, width // 8)
+    map_of_one = segmentation.class_map(source, 1, one.preprocessing)
+    images = next(clean_batches(source, one.preprocessing, 4, 0))[0]
+    assert map_of_one.shape == images.shape[2:] == (height, width)
+    patches = segmentation.training_patches(one, source, np.arange(4))
+    shares = patches.shares.reshape(4, rows, columns, 9)[1]
+    for row in range(rows):
+        for column in range(columns):
+            tile = map_of_one[8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
+            np.testing.assert_allclose(shares[row, column], np.bincount(tile.flatten(), minlength=9) / 64, atol=1e-6)
+    back = segmentation.to_pixels(torch.from_numpy(shares).reshape(1, -1, 9), (rows, columns), (height, width))
+    centres = shares.argmax(axis=2)
+    assert np.array_equal(back[0, 4::8, 4::8].numpy(), centres)
+
+
+def test_segmentation_of_an_oblong_encoder_from_end_to_end():
+    from sslvit.probes.config import EvaluateConfig
+    from sslvit.probes.measure import measure
+
+    sets = [
+        Examples(open_source(spec), vit(16, 32), Preprocessing(16, image_width=32), Extraction(num_workers=0))
+        for spec in (SPEC, SPEC + "&split=val")
+    ]
+    scores = measure("segmentation", *sets, EvaluateConfig())
+    assert [one.metric for one in scores] == ["linear/miou", "knn/miou"] and all(0 <= s.value <= 1 for s in scores)
+    sets[0].preprocessing = sets[1].preprocessing = Preprocessing(20)
+    with pytest.raises(InputError, match="not a multiple of the patch size"):
+        measure("segmentation", *sets, EvaluateConfig())
 
 
 @pytest.mark.parametrize("method", ["linear", "knn"])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import sslvit
-from sslvit.errors import InputError
+from sslvit.errors import InputError, Resumable
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 ENCODER = "vit_tiny_patch16_224?pretrained=false&img_size=32&patch_size=8&depth=2&embed_dim=24&num_heads=2"
@@ -57,7 +57,7 @@ def test_cells_are_one_array_and_finished_ones_are_not_queued(table, tmp_path, m
     from sslvit.commands import parse
     from sslvit.verbs import submit as jobs
 
-    arrays = []
+    arrays, asked = [], []
 
     def slurm(plans, folder, settings, num_restarts):
         arrays.append([plan.output_dir.name for plan in plans])
@@ -67,12 +67,14 @@ def test_cells_are_one_array_and_finished_ones_are_not_queued(table, tmp_path, m
         return [f"7_{i}" for i in range(len(plans))]
 
     monkeypatch.setattr(jobs, "_start_on_slurm", slurm)
-    monkeypatch.setattr(jobs, "_slurm_state", lambda record: None)
+    monkeypatch.setattr(jobs, "_slurm_states", lambda ids: asked.append(len(ids)) or dict.fromkeys(ids))
     assert run(table, tmp_path, "--launch", "slurm", encoders=[ENCODER]) == 0
     assert run(table, tmp_path, "--launch", "slurm", "--seeds", "0", "1") == 0
     assert [len(names) for names in arrays] == [1, 3] and len({*arrays[0], *arrays[1]}) == 4
     assert all(name.startswith("sc--") for name in arrays[1])
+    asked.clear()
     assert len(jobs.submit(status=tmp_path)) == 4
+    assert asked == [4], "Slurm is asked once for all"
     assert len(json.loads((tmp_path / "all.json").read_text())) > 4
 
 
@@ -133,6 +135,61 @@ def test_the_commands_of_the_readmes_are_accepted(table):
         assert cells and len({cell.folder for cell in cells}) == len(cells)
         for cell in cells:
             assert table.command(cell)[0] == "evaluate"
+
+
+def test_rows_of_earlier_questions_stay_out_of_the_table(table, tmp_path):
+    """Controls, seeds and sets that were asked for before are in a cell's folder, and not in this table."""
+    assert run(table, tmp_path, encoders=[ENCODER]) == 0
+    names = {row["name"] for row in json.loads((tmp_path / "all.json").read_text())}
+    assert "pixels/knn/top1" in names and any("random_init" in name for name in names)
+    (cell,) = (tmp_path / "cells").iterdir()
+    rows = json.loads((cell / "results.json").read_text())
+    (cell / "results.json").write_text(json.dumps([*rows, {**rows[0], "data": "another"}, {**rows[0], "seed": 9}]))
+    assert run(table, tmp_path, "--controls", "", encoders=[ENCODER]) == 0
+    left = json.loads((tmp_path / "all.json").read_text())
+    assert {row["name"] for row in left} == {name for name in names if "pixels" not in name and "random" not in name}
+    assert {(row["seed"]) for row in left} == {0} and len(left) == len({row["name"] for row in left})
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (OSError(28, "No space left on device"), 75, "No space left"),
+        (Resumable("stopped by SIGTERM"), 75, "SIGTERM"),
+        (KeyboardInterrupt(), 75, "interrupted"),
+    ],
+)
+def test_a_full_disk_and_a_signal_end_all_with_75(table, tmp_path, monkeypatch, capsys, error, code, words):
+    tried = []
+    monkeypatch.setattr(sslvit, "evaluate", lambda **_: tried.append(1) or (_ for _ in ()).throw(error))
+    assert run(table, tmp_path) == code
+    assert words in capsys.readouterr().err and tried == [1]
+
+
+def test_jobs_that_may_go_on_end_with_75(table, tmp_path):
+    (cell,) = table.plan(table._parse(["knn"], "", ["--encoders", ENCODER, "--datasets", DATA]))
+    state = {"id": "7_0", "state": "stopped", "message": "stopped by SIGTERM", "code": 75}
+    assert table._problem(cell, state)[0] == 75 and "7_0 stopped" in table._problem(cell, state)[1]
+    assert table._problem(cell, {**state, "state": "wrong input", "code": 2})[0] == 2
+    assert table._problem(cell, {**state, "state": "killed", "code": None})[0] == 75
+
+
+def test_slurm_is_asked_in_one_question(monkeypatch):
+    from types import SimpleNamespace
+
+    from sslvit.verbs import submit as jobs
+
+    asked = []
+
+    def squeue(words, **_):
+        asked.append(words)
+        return SimpleNamespace(returncode=0, stdout="RUNNING 7_0\nPENDING 7_1\nFAILED 8\n", stderr="")
+
+    monkeypatch.setattr(jobs.subprocess, "run", squeue)
+    states = jobs._slurm_states(["7_0", "7_1", "8", "9"])
+    assert states == {"7_0": "running", "7_1": "waiting", "8": None, "9": None}
+    assert len(asked) == 1 and asked[0][-1] == "7_0,7_1,8,9" and "-r" in asked[0], "-r: a line for each of an array"
+    assert jobs._slurm_states([]) == {} and len(asked) == 1
 
 
 def test_unknown_keys_are_refused_before_anything_runs(table, tmp_path, capsys):

@@ -56,9 +56,9 @@ def test_it_runs_as_it_says(tmp_path, monkeypatch):
         steps.append((len(x), scale))
         step(self, x, y, scale)
 
-    def noted(heads, stream, number, size, train=linear.train_heads):
+    def noted(heads, stream, number, size, train=linear.train_heads, **more):
         groups.extend(heads)
-        train(heads, stream, number, size)
+        train(heads, stream, number, size, **more)
 
     monkeypatch.setattr(linear.Heads, "step", spying)
     monkeypatch.setattr(linear, "train_heads", noted)

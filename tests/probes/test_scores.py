@@ -1,5 +1,7 @@
 """Scores of answers against scikit-learn and plain loops."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from sklearn import metrics
@@ -79,11 +81,39 @@ def test_nmi_and_ari_equal_scikit_learn(classes, clusters):
     rng = np.random.default_rng(4)
     labels = rng.integers(0, classes, 150) * 4 - 1
     assigned = (labels + rng.integers(0, 2, 150)) % clusters
-    table = cluster.contingency(labels, assigned)
+    cells = cluster.contingency(labels, assigned)
+    table = np.zeros((cells.classes.max() + 1, cells.clusters.max() + 1), int)
+    table[cells.classes, cells.clusters] = cells.counts
     assert np.array_equal(table, metrics.cluster.contingency_matrix(labels, assigned))
     nmi, ari = score([Answer(Clusters(assigned), "p")], labels, 0)
     assert nmi.value == pytest.approx(metrics.normalized_mutual_info_score(labels, assigned), abs=1e-9)
     assert ari.value == pytest.approx(metrics.adjusted_rand_score(labels, assigned), abs=1e-9)
+
+
+def test_resampled_clusters_are_drawn_images():
+    """An interval from draws of cells is one from draws of images."""
+    rng = np.random.default_rng(8)
+    labels = rng.integers(0, 5, 200)
+    assigned = np.where(rng.random(200) < 0.6, labels, rng.integers(0, 5, 200))
+    draws = [rng.integers(0, 200, 200) for _ in range(500)]
+    for one, measure in zip(
+        score([Answer(Clusters(assigned), "p")], labels, 0),
+        (metrics.normalized_mutual_info_score, metrics.adjusted_rand_score),
+        strict=True,
+    ):
+        spread = 1.96 * np.std([measure(labels[rows], assigned[rows]) for rows in draws])
+        assert one.ci95[1] - one.value == pytest.approx(spread, rel=0.15)
+
+
+def test_clusters_of_many_classes_take_memory_by_images():
+    """2,000 classes in 2,000 clusters: 500 tables of them would be 16 GB."""
+    labels = np.arange(4000) % 2000
+    assigned = np.random.default_rng(9).permutation(labels)
+    tracemalloc.start()
+    nmi, ari = score([Answer(Clusters(assigned), "p")], labels, 0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4e6 and nmi.ci95[0] < nmi.value and ari.value == pytest.approx(0, abs=0.01)
 
 
 def test_neighbours_are_scored_by_loops_definition():
