@@ -8,6 +8,7 @@ reason.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -239,7 +240,8 @@ def _samples(files: OpenFiles | RemoteFiles, shard: int, path: bytes, skipped: l
             sample.label = files.read(shard, member.offset, min(member.size, 256)).strip(_JSON + b" \t\r\n")
         elif kind == "json" and "cls" not in sample.members:
             labels = labels_of(parse_record(files.read(shard, member.offset, member.size)) or {})
-            sample.label = _JSON + json.dumps(labels).encode() if labels else sample.label
+            with contextlib.suppress(RecursionError):  # nested to the brink: no label
+                sample.label = _JSON + json.dumps(labels).encode() if labels else sample.label
     yield sample
 
 

@@ -6,7 +6,10 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
+from sslvit.errors import Resumable
 from sslvit.probes import convex, segmentation
+from sslvit.probes.unfinished import Unfinished
+from sslvit.signals import StopFlag
 
 
 def drawn(*shape, seed=0):
@@ -72,3 +75,31 @@ def test_the_chosen_strength_is_the_best_on_the_choosing_rows():
     ]
     assert chosen == grid[int(np.argmax(merits))]
     assert chosen not in (grid[0], grid[-1])
+
+
+def test_a_search_goes_on_at_the_value_it_was_stopped_at(tmp_path, monkeypatch):
+    """Values of C that were done are not fitted again; the best of them and the wait since then are not forgotten."""
+    grid = tuple(10.0 ** np.arange(-3, 9))
+    merits = {0.1: 2.0, 1.0: 9.0}
+    tried = []
+    monkeypatch.setattr(convex, "minimise", lambda x, y, slopes, strength, start, **_: tried.append(strength) or start)
+    stop = StopFlag()
+
+    class EveryThird(Unfinished):
+        def offer(self, *arguments):
+            stop.received = "SIGTERM" if len(tried) % 3 == 0 else None
+            super().offer(*arguments)
+
+    def search(unfinished=None):
+        slopes, start = convex.class_slopes, torch.zeros(4, 2)
+        merit = lambda *_: (merits.get(tried[-1], 1.0),)  # noqa: E731
+        return convex.best_strength((start, start), (start, start), slopes, grid, merit, start, unfinished=unfinished)
+
+    assert search() == 1.0
+    whole = list(tried)
+    assert whole == list(grid[:10]), "six after the best, and no more"
+    tried.clear()
+    for _ in range(3):
+        with pytest.raises(Resumable):
+            search(EveryThird(tmp_path, stop))
+    assert search(EveryThird(tmp_path, stop)) == 1.0 and tried == whole

@@ -151,6 +151,11 @@ def test_embed_goes_on_beside_its_file(tmp_path, monkeypatch):
     with pytest.raises(Resumable, match="32 of 40 images are done"):
         sslvit.embed(output_file=tmp_path / "f.npz", **keys)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".f.npz.parts", "whole.npz"]
+    (part,) = (tmp_path / ".f.npz.parts").glob("*/*.npz")
+    with np.load(part) as arrays:
+        assert {name: array.shape for name, array in arrays.items()} == {
+            "block_0": (32, 24), "mean_patch": (32, 0), "indices": (32,)
+        }, "class tokens and nothing else"  # fmt: skip
     again = sslvit.embed(output_file=tmp_path / "f.npz", **keys)
     assert np.array_equal(again["features"], whole["features"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f.npz", "whole.npz"]
