@@ -14,7 +14,7 @@ from sslvit.cli import main
 from sslvit.data.sources import open_source
 from sslvit.encoder.config import Preprocessing
 from sslvit.errors import EXIT_DONE, EXIT_RESUMABLE, Resumable
-from sslvit.probes import attentive, linear, unfinished
+from sslvit.probes import attentive, linear, logreg, protocols, unfinished
 from sslvit.probes.features import Examples, Extraction
 from sslvit.probes.unfinished import Parts, Unfinished
 from sslvit.signals import StopFlag
@@ -49,6 +49,29 @@ def evaluate(out, **keys):
     return sslvit.evaluate(encoder=ENCODER, train_dataset=TRAIN, val_dataset=VAL, output_dir=out, **{**KEYS, **keys})
 
 
+def spied(monkeypatch):
+    """The weights of every fit, as they come: rows may agree where these do not."""
+    fitted = []
+    from_head, attend, regress = protocols._from_head, attentive.fit, logreg.fit
+
+    def attended(*arguments, **more):
+        heads, chosen, classes = attend(*arguments, **more)
+        fitted.append(torch.cat([one.detach().flatten() for one in heads.parameters()]).numpy())
+        return heads, chosen, classes
+
+    def regressed(*arguments, **more):
+        model = regress(*arguments, **more)
+        fitted.append(model.weight)
+        return model
+
+    monkeypatch.setattr(
+        protocols, "_from_head", lambda head, *more: fitted.append(head.weight) or from_head(head, *more)
+    )
+    monkeypatch.setattr(attentive, "fit", attended)
+    monkeypatch.setattr(logreg, "fit", regressed)
+    return fitted
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(monkeypatch):
     """Features are kept in OUT, so that every evaluation extracts its own."""
@@ -75,7 +98,8 @@ def test_stopped_again_and_again_it_ends_with_the_same_rows(tmp_path, monkeypatc
     slow = keys["protocol"] in ("attentive", "logreg", "segmentation")
     monkeypatch.setattr(unfinished, "SECONDS", 0.0 if slow else unfinished.SECONDS)
     monkeypatch.setattr(linear, "mae_batch_size", lambda n: 20)
-    expected = evaluate(tmp_path / "whole", **keys)
+    fitted = spied(monkeypatch)
+    expected, whole = evaluate(tmp_path / "whole", **keys), fitted[-1:]
     monkeypatch.setattr(unfinished, "MAX_IMAGES", 16)
     monkeypatch.setattr(verb, "StopFlag", lambda: Stops(looks))
     rows, stops = None, 0
@@ -86,6 +110,7 @@ def test_stopped_again_and_again_it_ends_with_the_same_rows(tmp_path, monkeypatc
             stops += 1
             assert "SIGTERM" in str(stopped)
     assert stops and rows == expected
+    assert [weights.tobytes() for weights in whole] == [weights.tobytes() for weights in fitted[-1:]]
     assert not list((tmp_path / "out" / "evaluate").glob("unfinished*"))
     assert not list((tmp_path / "out" / "features").glob("*.parts"))
 
@@ -99,7 +124,8 @@ def test_stopped_again_and_again_it_ends_with_the_same_rows(tmp_path, monkeypatc
     ],
 )
 def test_a_kill_amid_the_heads_loses_one_step(tmp_path, monkeypatch, keys, place):
-    expected = evaluate(tmp_path / "whole", **keys)
+    fitted = spied(monkeypatch)
+    expected, whole = evaluate(tmp_path / "whole", **keys), fitted[-1]
     steps = []
     step = getattr(*place)
 
@@ -119,7 +145,7 @@ def test_a_kill_amid_the_heads_loses_one_step(tmp_path, monkeypatch, keys, place
         evaluate(tmp_path / "out", **keys)
     kill_at = 0
     steps.clear()
-    assert evaluate(tmp_path / "out", **keys) == expected
+    assert evaluate(tmp_path / "out", **keys) == expected and fitted[-1].tobytes() == whole.tobytes()
     assert len(steps) <= total - total * 2 // 3 + 4
 
 
