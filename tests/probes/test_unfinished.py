@@ -64,9 +64,7 @@ def spied(monkeypatch):
         fitted.append(model.weight)
         return model
 
-    monkeypatch.setattr(
-        protocols, "_from_head", lambda head, *more: fitted.append(head.weight) or from_head(head, *more)
-    )
+    monkeypatch.setattr(protocols, "_from_head", lambda head, *a: fitted.append(head.weight) or from_head(head, *a))
     monkeypatch.setattr(attentive, "fit", attended)
     monkeypatch.setattr(logreg, "fit", regressed)
     return fitted
