@@ -103,20 +103,39 @@ def exponent(curve: Curve) -> float:
     return math.log(values[-1] / values[middle]) / math.log(sizes[-1] / sizes[middle])
 
 
+#: What stands on the axes of a curve: sizes, values.
+AXES = {
+    "images_per_second": ("listed files", "images/s"),
+    "first_listing": ("listed files", "seconds to list them"),
+    "reopening": ("listed files", "seconds to open the kept index"),
+    "batch": ("images in a batch", "seconds a step"),
+    "crops": ("local crops", "seconds a step"),
+    "prototypes": ("prototypes", "seconds a step"),
+}
+
+
 def plot(curves: dict[str, Curve], file: Path) -> bool:
-    """All curves side by side; False without matplotlib."""
+    """All curves, three in a row; False without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    figure = Figure(figsize=(3.2 * len(curves), 2.8), layout="constrained")
-    axes = figure.subplots(1, len(curves), squeeze=False)[0]
-    for axis, (name, (sizes, values)) in zip(axes, curves.items(), strict=True):
+    rows = math.ceil(len(curves) / 3)
+    figure = Figure(figsize=(10, 2.9 * rows), layout="constrained")
+    axes = figure.subplots(rows, 3, squeeze=False).flatten()
+    for axis in axes[len(curves) :]:
+        axis.set_axis_off()
+    for axis, (name, (sizes, values)) in zip(axes, curves.items(), strict=False):
         axis.plot(sizes, values, marker="o")
-        axis.set_title(name.replace("_", " "), fontsize=9)
-        axis.set_ylim(bottom=0)
-        if max(sizes) / max(1.0, min(sizes)) > 50:
-            axis.set_xscale("log")
+        axis.set_xlabel(AXES[name][0], fontsize=9)
+        axis.set_ylabel(AXES[name][1], fontsize=9)
+        axis.grid(alpha=0.3)
+        listed = AXES[name][0] == "listed files"
+        axis.set_xscale("log" if listed else "linear")
+        if listed and name != "images_per_second":
+            axis.set_yscale("log")
+        else:
+            axis.set_ylim(bottom=0, top=1.1 * max(values))
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120, metadata={"Software": None})
     return True

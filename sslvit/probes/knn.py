@@ -23,8 +23,8 @@ PROTOCOL = "k-NN (DINO): cosine, votes exp(sim/.07)"
 NUM_NEIGHBOURS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
 
-# Rows normalised and searched at a time: some 80 MB in all.
-TRAIN_BLOCK, QUERY_BLOCK = 25_600, 1024
+# Rows normalised and searched at a time: under 100 MB in all.
+TRAIN_BLOCK, QUERY_BLOCK = 25_000, 1000
 EXACT_TRAIN_BLOCK, EXACT_QUERY_BLOCK = 16_384, 256
 SPARE = 8  # neighbours fetched beyond k, so that a tie at the border is seen
 NEAR = 2e-6  # float32 similarities nearer than this may be out of order
@@ -110,9 +110,9 @@ def _search(train: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray,
         rows = normalised(train[start : start + TRAIN_BLOCK])
         found, index = faiss.knn(queries, rows, min(k, len(rows)), metric=faiss.METRIC_INNER_PRODUCT)
         del rows  # before the next ones are made
-        index += start
         best = torch.cat([best, torch.from_numpy(found)], dim=1)
-        where = torch.cat([where, torch.from_numpy(index)], dim=1)
+        where = torch.cat([where, torch.from_numpy(index).add_(start)], dim=1)
+        del found, index
         best, order = best.topk(min(k, best.shape[1]), dim=1)
         where = where.gather(1, order)
     similarities, indices = best.numpy(), where.numpy()
