@@ -85,12 +85,15 @@ def test_without_the_float64_pass_ties_go_wrong(monkeypatch):
 
 def test_blocks_do_not_change_the_answer(monkeypatch):
     train, val = features(300, 8, 6), features(50, 8, 7)
-    whole = nearest(train, val, 20)
+    labels = np.random.default_rng(8).integers(0, 7, 300)
+    whole, ranking = nearest(train, val, 20), knn(train, labels, val)
     monkeypatch.setattr(module, "TRAIN_BLOCK", 37)
     monkeypatch.setattr(module, "QUERY_BLOCK", 11)
     parts = nearest(train, val, 20)
     assert np.array_equal(whole[1], parts[1])
     np.testing.assert_allclose(whole[0], parts[0], atol=1e-6)
+    again = knn(train, labels, val)
+    assert all(np.array_equal(ranking[k], again[k]) for k in ranking)
 
 
 def test_neighbours_equal_scikit_learn():
