@@ -98,7 +98,8 @@ def test_growth_is_told_by_its_exponent(bench, tmp_path):
     growth = bench("growth")
     assert growth.exponent(([1.0, 2.0, 4.0, 8.0], [1.0, 2.0, 4.0, 8.0])) == pytest.approx(1)
     assert growth.exponent(([1.0, 10.0, 100.0], [5.0, 5.0, 5.0])) == pytest.approx(0)
-    assert growth.plot({"crops": ([0.0, 2.0], [1.0, 2.0]), "reopening": ([1.0, 1e6], [1.0, 1.0])}, tmp_path / "plot.png")
+    curves = {"crops": ([0.0, 2.0], [1.0, 2.0]), "reopening": ([1.0, 1e6], [1.0, 1.0])}
+    assert growth.plot(curves, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
