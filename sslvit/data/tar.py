@@ -255,7 +255,7 @@ def _scan(path: bytes) -> Iterator[_Member]:
 def _scan_remote(files: RemoteFiles, shard: int) -> Iterator[_Member]:
     """The same of a remote one: what lies between headers is skipped where it is larger than a block.
 
-    A request takes about as long as some megabytes do: one for each header of small members would be slower.
+    Small members come with their headers: a request of its own for each header is thought to be slower, not measured.
     """
     size = files.sizes[shard]
 

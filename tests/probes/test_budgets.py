@@ -19,7 +19,6 @@ def small(monkeypatch, tmp_path):
         cifar_fashion, "ENCODER", {**cifar_fashion.ENCODER, "embed_dim": 24, "depth": 1, "patch_size": 16}
     )
     monkeypatch.setattr(cifar_fashion, "BATCH_SIZE", 8)
-    monkeypatch.setattr(script, "SCENES", "scenes:?n={n}&size=32&objects=1&label=shape")
     monkeypatch.setattr(script, "specs", lambda names, root: {"scenes": (SCENES, f"{SCENES}&split=val")})
     monkeypatch.setattr("sslvit.verbs.pretrain.write_run_encoders", lambda path: None)  # seconds; the checkpoint serves
     monkeypatch.setattr(script, "QUICK", {"num_images": 30, "linear_steps": 5, "num_workers": 0})
