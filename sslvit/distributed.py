@@ -57,6 +57,7 @@ log = logging.getLogger(__name__)
 TIMEOUT = timedelta(minutes=10)  # how long a collective waits for a process that does not answer
 BEAT_SECONDS = 1.0  # between two signs of life
 SILENT_SECONDS = 5.0  # without one, a process counts as gone
+SETTLE_SECONDS = 5.0  # at most, for gloo's threads at the end
 SHARED_MEMORY = 64 << 20  # bytes of /dev/shm that NCCL may need for each process of a machine
 
 
@@ -200,6 +201,29 @@ def shutdown() -> None:
         _heart = None
     if dist.is_initialized():
         dist.destroy_process_group()
+        _settle()
+
+
+def _settle() -> None:
+    """Waits until gloo's threads have let go of the last collective's tensors.
+
+    They need the interpreter for that. A mesh (FSDP2) keeps the group and its threads beyond destroy_process_group; one
+    that comes too late, while the interpreter ends, aborts the process, and a scheduler calls a finished run failed.
+    """
+    end = time.monotonic() + SETTLE_SECONDS
+    time.sleep(0.05)  # a thread that waits for the interpreter has it now
+    while _busy_workers() and time.monotonic() < end:
+        time.sleep(0.05)
+
+
+def _busy_workers() -> int:
+    """How many of gloo's threads have work and no processor; 0 where the system does not tell."""
+    busy = 0
+    for task in Path("/proc/self/task").glob("*/stat"):
+        with contextlib.suppress(OSError):  # it ended
+            name, _, rest = task.read_text().partition("(")[2].rpartition(")")
+            busy += name == "pt_gloo_runloop" and rest.split()[0] == "R"
+    return busy
 
 
 def rank() -> int:

@@ -86,6 +86,40 @@ def test_the_monitor_of_two_processes_tells_what_one_would(
     assert together[1]["monitor"] == pytest.approx(monitor(tmp_path), rel=1e-4)
 
 
+LATE = """
+import glob, os, sys, time
+import torch
+import torch.distributed as dist
+from sslvit import distributed
+
+class Late:
+    def __del__(self, sleep=time.sleep):
+        sleep(0.5)
+
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=int(sys.argv[1]), world_size=2)
+kept = dist.group.WORLD
+distributed.all_reduce_sum_(torch.ones(3))
+sys.setswitchinterval(100.0)
+for task in glob.glob("/proc/self/task/*"):
+    if open(task + "/comm").read().startswith("pt_gloo_runloop"):
+        os.sched_setscheduler(int(os.path.basename(task)), os.SCHED_IDLE, os.sched_param(0))
+distributed.all_reduce_sum_(torch.ones(3))
+distributed.shutdown()
+late = Late()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="threads are slowed down as Linux does it")
+def test_the_end_waits_for_threads_that_still_hold_tensors(tmp_path: Path) -> None:
+    """A mesh keeps the group alive; its threads come late and find an interpreter that ends: abort, exit code 134."""
+    ends = [
+        subprocess.Popen([sys.executable, "-c", LATE, str(rank), str(tmp_path / "meet")], env=ENVIRONMENT)
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=200) for process in ends] == [0, 0]
+
+
 @pytest.mark.slow
 def test_torchrun_starts_us(tmp_path: Path) -> None:
     script = tmp_path / "job.py"
