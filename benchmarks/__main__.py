@@ -10,7 +10,7 @@ HERE = Path(__file__).parent
 BENCHMARKS = {
     "vs_peers": ("every step, views, training, probes and start-up beside the peers", "50 minutes", []),
     "attention": ("which attention kernel is fastest where, and whether it is chosen", "20 minutes", []),
-    "augmentation": ("k-NN after equal steps with the fast and the published augmentation", "2 hours", []),
+    "augmentation": ("k-NN after equal steps with the fast and the published augmentation", "an hour", []),
     "data": ("decode and views per core beside DINO's pipeline and torchvision", "10 minutes", []),
     "equal_minutes": ("our recipes and lightly's modules, 20 minutes each on CIFAR-10, three seeds", "10 hours", []),
     "linear_probe": ("linear probes of random encoders on the built-in scenes", "5 minutes", ["--quick"]),
