@@ -3,9 +3,10 @@
     python benchmarks/augmentation.py [--steps 1000] [--seeds 0 1 2] [--quick] [--json FILE] [--output-dir OUT]
         [--train-dataset SPEC --val-dataset SPEC]
 
-Both arms are `sslvit pretrain` with the same recipe (DINO on a ViT of 4 blocks of width 96), weights and order of images. `ours` cuts crops
-in uint8 and colours them in batches by one affine map per image; `reference` is DINO's pipeline on Pillow images, one
-by one (dino_views in data.py). Real images come from SSLVIT_DATA (CIFAR-10) or the two specs.
+Both arms are `sslvit pretrain` with the same recipe (DINO on a ViT of 4 blocks of width 96), weights and order of
+images. `ours` cuts crops in uint8 and colours them in batches by one affine map per image; `reference` is DINO's
+pipeline on Pillow images, one by one (dino_views in data.py). Real images come from SSLVIT_DATA (CIFAR-10) or the two
+specs.
 
 Rows: `augmentation/{ours,reference}/knn/top1` for each seed, and `augmentation/difference`, the mean over seeds of ours
 minus the reference, with a t interval: 0 should lie within it. OUT holds a run for each arm and seed; finished ones are
