@@ -172,7 +172,9 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         print(error, file=sys.stderr)
         return EXIT_INPUT
-    words = describe(f"DINO, ViT of 4 blocks of width 96 at 32 px, {options.steps} steps of {BATCH_SIZE}; k-NN, k 20", "")
+    words = describe(
+        f"DINO, ViT of width 96 and depth 4 at 32 px, {options.steps} steps of {BATCH_SIZE}; k-NN, k 20", ""
+    )
     rows = [
         row(f"augmentation/{arm}/knn/top1", value, ci95=None, protocol=words, data=options.val_dataset, seed=seed)
         for arm, values in found.items()
