@@ -381,10 +381,10 @@ def _check(config: PretrainConfig) -> None:
                 f"encoder.{key}={size} is no multiple of encoder.patch_size={patch}; take {size // patch * patch}"
             )
     if config.crops.num_local:
-        local = _required(config.crops.local_size)
-        if local % patch:
-            near = max(patch, local // patch * patch)
-            raise InputError(f"crops.local_size={local} is no multiple of encoder.patch_size={patch}; take {near}")
+        for key, local in zip(("local_size", "local_width"), config.crops.local_shape, strict=True):
+            if local % patch:
+                near = max(patch, local // patch * patch)
+                raise InputError(f"crops.{key}={local} is no multiple of encoder.patch_size={patch}; take {near}")
     if config.dino is not None and _required(config.crops.num_global) < 2:
         raise InputError(f"dino needs two global crops, crops.num_global={config.crops.num_global}; set it to 2")
     if config.koleo is not None and config.dino is None and config.ibot is None:

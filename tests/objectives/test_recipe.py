@@ -56,6 +56,7 @@ def test_the_users_values_stand():
         ({"koleo": KoleoConfig()}, "no objective"),
         ({"mae": MaeConfig(), "encoder.image_size": 50, "encoder.patch_size": 16}, "take 48"),
         ({"dino": DinoConfig(), "crops.local_size": 30, "encoder.patch_size": 8}, "crops.local_size=30"),
+        ({"dino": DinoConfig(), "encoder.image_width": 96, "crops.local_width": 30}, "crops.local_width=30"),
         ({"dino": DinoConfig(), "crops.num_global": 1}, "two global crops"),
         ({"mae": MaeConfig(), "koleo": KoleoConfig()}, "koleo"),
         ({"mae": MaeConfig(), "accumulate": 3, "batch_size": 64}, "accumulate=3"),
