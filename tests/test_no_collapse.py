@@ -41,14 +41,15 @@ def rows(target=0.4, usage=0.8, rank=20.0, top1=0.4, alarm=None, patches=None):
 
 def test_the_matrix_is_the_whole_one_and_every_cell_is_a_config(script):
     cells = script.plan(False, [0], ["*"])
-    assert sum(not cell.broken for cell in cells) == 36 and sum(bool(cell.broken) for cell in cells) == 12
-    assert len({cell.name for cell in cells}) == 48
+    matrix = [cell for cell in cells if cell.objective in script.OBJECTIVES]
+    assert sum(not cell.broken for cell in matrix) == 36 and sum(bool(cell.broken) for cell in matrix) == 12
+    assert len({cell.name for cell in cells}) == len(matrix) + 3 == 51
     for cell in [*cells, *script.plan(True, [0], ["*"])]:
         config = load_config(PretrainConfig, "pretrain/auto", {"data": "x", **cell.keys()})
         check_config(config)
         resolved, _ = resolve(config, DataFacts(cell.images, 32, 3, "cpu"))
         switched = {name for name in ("dino", "ibot", "koleo", "mae") if getattr(resolved, name) is not None}
-        assert switched == set(script.OBJECTIVES[cell.objective])
+        assert switched == set((script.OBJECTIVES | script.ALONE)[cell.objective])
         if cell.broken == "momentum":
             assert resolved.optim.momentum == 0
         if cell.broken == "temperature":
@@ -75,6 +76,14 @@ def test_what_counts_as_collapse(script, changes, signs):
     config, _ = resolve(config, DataFacts(5000, 32, 3, "cpu"))
     assert config.dino.num_prototypes == config.ibot.num_prototypes == 1024, "4 of them in use: an entropy of .2"
     assert script.outcome(rows(**changes), config).signs == signs
+
+
+def test_the_patch_loss_alone_is_shown_and_not_counted(script):
+    cells = [script.Cell(name, 16, 500, 0) for name in ("dino", "ibot_patches")]
+    fallen = script.Outcome({"knn_gain": -0.03}, [])
+    rows = {row["name"]: row for row in script.rows_of(dict.fromkeys(cells, fallen), "scenes", 300)}
+    assert rows["no_collapse/runs"]["value"] == rows["no_collapse/collapsed"]["value"] == 1
+    assert rows["no_collapse/ibot_patches/b16/n500/knn_gain"]["protocol"] == "k-NN below random init"
 
 
 def test_rows_are_named_as_promised_and_finished_cells_stay(script, tmp_path, monkeypatch, capsys):

@@ -206,8 +206,8 @@ class Alarms:
             )
         if top1 < state.get("first:knn/top1", 0.0) - LOSES:
             found["knn/fell"] = (
-                f"k-NN has fallen to {top1:.1%} from {state['first:knn/top1']:.1%} at the start: lower optim.lr "
-                f"({self.config.optim.lr:g}), or train longer than {self.steps} steps."
+                f"k-NN has fallen to {top1:.1%} from {state['first:knn/top1']:.1%} at the start: "
+                f"{self._untrained_token}lower optim.lr ({self.config.optim.lr:g}), or train longer than {self.steps} steps."
             )
         before = state.get("first:knn/init/top1", 0.0)
         if row["step"] == self.steps and top1 < before:
@@ -216,6 +216,12 @@ class Alarms:
                 f"encoder, lower optim.lr ({self.config.optim.lr:g}), or train longer than {self.steps} steps."
             )
         return found
+
+    @property
+    def _untrained_token(self) -> str:
+        """What to do first where no objective has a target for the class token, which k-NN reads."""
+        alone = self.config.ibot is not None and self.config.dino is None
+        return "add dino={} (ibot alone has no target for the class token), " if alone else ""
 
 
 def least_prototypes(config: PretrainConfig, name: str) -> float:

@@ -140,6 +140,12 @@ def test_one_form_of_collapse_may_pass_into_another():
     assert heard == [[], [], ["dino/same_targets"], [], [], [], ["dino/uniform_targets"], []]
 
 
+def test_ibot_alone_is_told_apart_when_knn_falls():
+    for dino, told in ({}, False), (None, True):
+        text = said({"knn/top1": 0.3}, Alarms(config(dino=dino)))["knn/fell"]
+        assert ("add dino={}" in text) is told and "lower optim.lr" in text
+
+
 def test_the_last_evaluation_counts_at_once():
     alarms, state = Alarms(config()), {}
     alarms({"step": 0, **EVALUATED}, state)
