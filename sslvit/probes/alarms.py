@@ -207,7 +207,8 @@ class Alarms:
         if top1 < state.get("first:knn/top1", 0.0) - LOSES:
             found["knn/fell"] = (
                 f"k-NN has fallen to {top1:.1%} from {state['first:knn/top1']:.1%} at the start: "
-                f"{self._untrained_token}lower optim.lr ({self.config.optim.lr:g}), or train longer than {self.steps} steps."
+                f"{self._untrained_token}lower optim.lr ({self.config.optim.lr:g}), or train longer than "
+                f"{self.steps} steps."
             )
         before = state.get("first:knn/init/top1", 0.0)
         if row["step"] == self.steps and top1 < before:
