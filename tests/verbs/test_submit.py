@@ -85,7 +85,7 @@ def steps_of(out):
     return [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def wait_until(condition, seconds=30):
+def wait_until(condition, seconds=90):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -374,7 +374,7 @@ def test_one_wrong_task_takes_the_others_along(stand_in, tmp_path):
         began = time.monotonic()
         with pytest.raises(InputError, match="in use"):
             submit(pretrain_words(stand_in, 10_000), launch=str(tmp_path / "l.yaml"), wait=True)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 45
 
 
 def test_a_sweep_on_this_machine_is_one_job(stand_in):
