@@ -107,7 +107,7 @@ def exponent(curve: Curve) -> float:
 AXES = {
     "images_per_second": ("listed files", "images/s"),
     "first_listing": ("listed files", "seconds to list them"),
-    "reopening": ("listed files", "seconds to open the kept index"),
+    "reopening": ("listed files", "seconds to open again\n(an index is kept from 20,000 on)"),
     "batch": ("images in a batch", "seconds a step"),
     "crops": ("local crops", "seconds a step"),
     "prototypes": ("prototypes", "seconds a step"),
