@@ -9,7 +9,7 @@ HERE = Path(__file__).parent
 #: What runs without further words, its cost on two cores, and its words.
 BENCHMARKS = {
     "vs_peers": ("every step, views, training, probes and start-up beside the peers", "20 minutes", []),
-    "attention": ("which attention kernel is fastest where, and whether it is chosen", "20 minutes", []),
+    "attention": ("which attention kernel is fastest where, and whether it is chosen", "10 minutes", []),
     "augmentation": ("k-NN after equal steps with the fast and the published augmentation", "an hour", []),
     "data": ("decode and views per core beside DINO's pipeline and torchvision", "10 minutes", []),
     "equal_minutes": ("our recipes and lightly's modules, 20 minutes each on CIFAR-10, three seeds", "10 hours", []),
