@@ -15,6 +15,7 @@ from step_peers import OurStep, StepWork, make_batch, our_module
 from training_peers import write_jpegs
 
 from sslvit.data.config import DINO_PHOTOMETRY, CropsConfig
+from sslvit.data.folder import CACHE_FROM
 from sslvit.data.loader import Loader
 from sslvit.data.sources import open_source
 
@@ -107,7 +108,7 @@ def exponent(curve: Curve) -> float:
 AXES = {
     "images_per_second": ("listed files", "images/s"),
     "first_listing": ("listed files", "seconds to list them"),
-    "reopening": ("listed files", "seconds to open again\n(an index is kept from 20,000 on)"),
+    "reopening": ("listed files", f"seconds to open again\n(an index is kept from {CACHE_FROM:,} on)"),
     "batch": ("images in a batch", "seconds a step"),
     "crops": ("local crops", "seconds a step"),
     "prototypes": ("prototypes", "seconds a step"),

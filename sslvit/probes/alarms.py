@@ -221,8 +221,8 @@ class Alarms:
     @property
     def _untrained_token(self) -> str:
         """What to do first where no objective has a target for the class token, which k-NN reads."""
-        alone = self.config.ibot is not None and self.config.dino is None
-        return "add dino={} (ibot alone has no target for the class token), " if alone else ""
+        missing = self.config.ibot is not None and self.config.dino is None
+        return "add dino={} (nothing else has a target for the class token), " if missing else ""
 
 
 def least_prototypes(config: PretrainConfig, name: str) -> float:
